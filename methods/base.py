@@ -1,0 +1,112 @@
+"""What a PEFT method is: a dataclass whose fields are its hyper-parameters, and one function, `apply`.
+
+Counting, saving, merging and spectra are generic over `Adapted` and live in `bench`; a method file holds only what its
+paper says. The smallest complete method is `bitfit.py`, the usual low-rank one `lora.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from hydra.core.config_store import ConfigStore
+from torch import Tensor, nn
+
+from methods.architectures import role
+
+Batch = dict[str, Tensor]
+METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound="type[Method]")
+
+
+class Unsupported(Exception):
+    """This method cannot act on this model or task: the run is recorded as `skipped`, with this sentence."""
+
+
+@dataclass
+class Method:
+    """The protocol. Only `apply` is required."""
+
+    lr: ClassVar[float] = 1e-3  # learning rate of the paper's recipe, taken where `train.lr` is null
+    family: ClassVar[str] = ""  # a word for the table of methods: reference, selective, low-rank, adapter, prompt, ...
+    neutral: ClassVar[bool] = True  # starts as exactly the pretrained model; False is a declared exception
+
+    def apply(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        """Return the model to train, with `requires_grad` on exactly what is trained.
+
+        `model` arrives frozen but for a new task head. `batches` yields training batches without end, for methods
+        whose initial values depend on data. Raises `Unsupported` with a sentence where the method has no meaning.
+        """
+        raise NotImplementedError
+
+    def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """A torch optimizer whose `step(closure)` may call the closure as often as it likes, with or without grad."""
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=weight_decay)
+
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        """A term added to the task loss."""
+        return 0.0
+
+    def after_step(self, model: nn.Module, step: int, steps: int) -> None:
+        """Called after optimizer step `step` (from 0) of `steps`, with that step's gradients still there."""
+
+    def finish(self, model: nn.Module) -> None:
+        """Called once after training: averaging, dropping what was pruned."""
+
+
+def register(cls: M) -> M:
+    """Make `method=<file name>` select this dataclass, typed and closed."""
+    name = cls.__module__.rpartition(".")[2]
+    METHODS[name] = cls
+    ConfigStore.instance().store(group="method", name=name, node=cls)
+    return cls
+
+
+class Adapted(nn.Module):
+    """A frozen layer `base` and a trainable change to it, in the place of that layer.
+
+    `base` is an `nn.Linear` wherever `weight` is a change of weight (GPT-2's Conv1D layers become `nn.Linear` when
+    the model is built); methods that only act on activations may hold any layer.
+    """
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+
+    def weight(self) -> Tensor | None:
+        """The (out, in) weight that the layer now acts with; None where the change is no change of weight."""
+        return None
+
+    def bias(self) -> Tensor | None:
+        """The (out,) bias that the layer now acts with."""
+        return getattr(self.base, "bias", None)
+
+    def __getattr__(self, name: str) -> Any:
+        """Shape and dtype questions (`in_features`, `weight.dtype` is not one of them) go to the frozen layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("in_features", "out_features"):
+                return getattr(super().__getattr__("base"), name)
+            raise
+
+
+def adapt_linears(model: nn.Module, targets: str, adapt: Callable[[nn.Linear], Adapted]) -> list[str]:
+    """Put `adapt(layer)` in the place of each linear layer that `targets` names; return their names.
+
+    `targets` is a role that every architecture has (`query_value`, `attention`, `mlp`, `all_linear`, ...; see
+    `methods/architectures.py`) or a regular expression over the full names of modules. Heads are never adapted.
+    Raises `Unsupported` with the names that exist where nothing matches.
+    """
+    pattern = re.compile(role(model, targets))
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    chosen = [n for n in linears if pattern.search(n) and not next(model.get_submodule(n).parameters()).requires_grad]
+    if not chosen:
+        kinds = ", ".join(sorted({n.rpartition(".")[2] for n in linears}))
+        raise Unsupported(f"no linear layer matches targets={targets!r}; this model's are called {kinds}")
+    for name in chosen:
+        model.set_submodule(name, adapt(model.get_submodule(name)))  # type: ignore[arg-type]
+    return chosen
