@@ -1,0 +1,242 @@
+"""Build a pretrained model with its task's head, and the operations that are the same for every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from methods.base import Adapted
+
+if TYPE_CHECKING:
+    from bench.config import ModelConfig
+    from tasks import Task
+
+PACKAGED = Path(__file__).parent
+
+
+class UnknownModel(Exception):
+    """The checkpoint cannot be had here; the message names the ways out."""
+
+
+@dataclass
+class Built:
+    """A frozen pretrained model with a trainable new head, and what turns rows into its inputs."""
+
+    model: nn.Module
+    processor: Any  # tokenizer or image processor
+    head: tuple[str, ...]  # names of the head's parameters
+    source: dict[str, Any]  # where the weights came from: goes into the record
+
+
+def build(cfg: ModelConfig, task: Task) -> Built:
+    """Load the checkpoint `cfg.path`, give it the head of `task`, freeze the rest.
+
+    The head is drawn from torch's global generator: seed before the call. Paths: a hub id or folder;
+    `embedded:NAME` (weights from the package registry); `packaged:NAME` (ours); `random:KIND` (tests only).
+    """
+    kind, _, name = cfg.path.partition(":")
+    if kind == "random":
+        model, processor = _random(name, task)
+        missing, source = _names(model, task.head), {"kind": "random", "path": cfg.path}
+    else:
+        folder, source = _locate(cfg, kind, name)
+        processor = _processor(folder, cfg, task)
+        model, missing = _pretrained(folder, cfg, task, processor)
+    linear_conv1d(model)
+    head = sorted(set(missing) & {n for n, _ in model.named_parameters()})
+    freeze(model, tuple(head))
+    source |= {"path": cfg.path, "revision": cfg.revision, "dtype": cfg.dtype, "head": head}
+    return Built(model, processor, tuple(head), source)
+
+
+def freeze(model: nn.Module, head: tuple[str, ...]) -> None:
+    """Train exactly the parameters whose names start with one of `head`."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(head) if head else False)
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint must hold to rebuild the model from the pretrained weights: trained parameters, head included."""
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put a saved `trained_state` back. Raises ValueError naming the parameters that do not fit."""
+    own = trained_state(model)
+    if own.keys() != state.keys():
+        raise ValueError(f"the saved state does not fit this model: {sorted(own.keys() ^ state.keys())[:5]} differ")
+    for name, tensor in state.items():
+        own[name].copy_(tensor)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The (out, in) weight each linear layer acts with, named as in the pretrained model; absent where there is none."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            found[name] = module.weight()
+        elif isinstance(module, nn.Linear) and not _inside_adapted(model, name):
+            found[name] = module.weight
+    return {n: w.detach() for n, w in found.items() if w is not None}
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Fold every change that is a change of weight or bias into its layer, which takes its old place again."""
+    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, Adapted)]:
+        weight, bias, base = module.weight(), module.bias(), module.base
+        if weight is None:
+            continue
+        base.weight.copy_(weight)  # type: ignore[operator, union-attr]
+        if bias is not None and bias is not base.bias:
+            base.bias = nn.Parameter(bias.detach().to(weight.dtype).clone(), requires_grad=False)
+        model.set_submodule(name, base)
+
+
+def counts(model: nn.Module, head: set[int]) -> dict[str, int]:
+    """Parameters of the method and of the head (`head`: ids of its parameters), apart; stored and total, with bytes."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state = trained_state(model).values()
+    return dict(
+        trained_params=sum(p.numel() for p in trained if id(p) not in head),
+        head_params=sum(p.numel() for p in trained if id(p) in head),
+        stored_params=sum(t.numel() for t in state),
+        stored_bytes=sum(t.numel() * t.element_size() for t in state),
+        total_params=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def linear_conv1d(model: nn.Module) -> None:
+    """Replace GPT-2's Conv1D layers, which keep their weight as (in, out), by `nn.Linear` of the same function."""
+    for name, module in [(n, m) for n, m in model.named_modules() if type(m).__name__ == "Conv1D"]:
+        inner, outer = module.weight.shape  # type: ignore[misc, union-attr]
+        linear = nn.Linear(inner, outer, dtype=module.weight.dtype, device="meta")  # type: ignore[arg-type]
+        linear.weight = nn.Parameter(module.weight.detach().T.contiguous())  # type: ignore[operator, union-attr]
+        linear.bias = nn.Parameter(module.bias.detach())  # type: ignore[operator, union-attr]
+        model.set_submodule(name, linear)
+
+
+def _inside_adapted(model: nn.Module, name: str) -> bool:
+    parents = name.split(".")[:-1]
+    return any(isinstance(model.get_submodule(".".join(parents[: i + 1])), Adapted) for i in range(len(parents)))
+
+
+def _names(model: nn.Module, prefixes: tuple[str, ...]) -> list[str]:
+    return [n for n, _ in model.named_parameters() if prefixes and n.startswith(prefixes)]
+
+
+def _locate(cfg: ModelConfig, kind: str, name: str) -> tuple[str, dict[str, Any]]:
+    if kind == "embedded":
+        import json
+
+        from bench.embedded import materialise
+
+        folder = materialise(name)
+        return str(folder), {"kind": "package"} | json.loads((folder / "source.json").read_text())
+    if kind == "packaged":
+        return str(PACKAGED / name), {"kind": "packaged"}
+    return cfg.path, {"kind": "folder" if Path(cfg.path).is_dir() else "hub"}
+
+
+def _processor(folder: str, cfg: ModelConfig, task: Task) -> Any:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    if task.kind == "image":
+        return _from_pretrained(AutoImageProcessor, folder, cfg, backend="pil")
+    tokenizer = _from_pretrained(AutoTokenizer, folder, cfg)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if cfg.max_length:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, cfg.max_length)
+    return tokenizer
+
+
+def _pretrained(folder: str, cfg: ModelConfig, task: Task, processor: Any) -> tuple[nn.Module, list[str]]:
+    import transformers
+
+    config = _from_pretrained(transformers.AutoConfig, folder, cfg)
+    if config.model_type == "sam2_hiera_det_model":
+        from bench.hiera import HieraForImageClassification as auto  # not an Auto class of transformers
+    else:
+        auto = getattr(transformers, task.model_class)
+    options = task.options(config) | dict(dtype=getattr(torch, cfg.dtype), output_loading_info=True)
+    if task.kind != "image":
+        options["pad_token_id"] = processor.pad_token_id
+    model, info = _from_pretrained(auto, folder, cfg, **options, attn_implementation=cfg.attention)
+    return model, sorted(info["missing_keys"])
+
+
+def _from_pretrained(auto: Any, folder: str, cfg: ModelConfig, **options: Any) -> Any:
+    revision = {} if Path(folder).is_dir() else {"revision": cfg.revision}
+    try:
+        return auto.from_pretrained(folder, **revision, **options)
+    except OSError as error:
+        raise UnknownModel(
+            f"the model {cfg.path!r} (revision {cfg.revision}) cannot be loaded: {str(error).splitlines()[0]} "
+            "Ways out: a network that reaches the hub (and an account for gated models: `hf auth login`), "
+            "model.path=FOLDER of a downloaded checkpoint, or an embedded model such as model=minilm"
+        ) from error
+
+
+TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+_QUIET = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+RANDOM: dict[str, dict[str, Any]] = {
+    "bert": TINY | _QUIET,
+    "roberta": TINY | _QUIET | dict(max_position_embeddings=514),
+    "deberta": TINY | _QUIET | dict(pooler_hidden_size=32, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "distilbert": dict(dim=32, n_layers=2, n_heads=4, hidden_dim=64, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0),
+    "vit": TINY | _QUIET | dict(image_size=16, patch_size=8),
+    "llama": TINY | dict(num_key_value_heads=2, max_position_embeddings=512),
+    "qwen2": TINY | dict(num_key_value_heads=2, max_position_embeddings=512),
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "t5": dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0),
+}  # fmt: skip
+_DECODERS = ("llama", "qwen2", "gpt2")
+HEADS = ("classifier", "score", "pre_classifier", "pooler", "classification_head")  # of models without a checkpoint
+
+
+def random_model(kind: str, num_labels: int = 2, seed: int = 0, model_class: str | None = None) -> nn.Module:
+    """A tiny model of architecture `kind` with random weights, in eval mode, frozen but for its head. For tests only.
+
+    32 wide, 2 layers, 4 heads (2 for keys and values where grouped), byte vocabulary of 384, images of 16 x 16.
+    Decoders get their language-model head, encoders and ViTs a classifier, unless `model_class` says otherwise.
+    """
+    import transformers
+
+    name = {"deberta": "deberta-v2"}.get(kind, kind)
+    text = {} if kind == "vit" else dict(vocab_size=384, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    config = transformers.AutoConfig.for_model(name, **RANDOM[kind], **text, num_labels=num_labels)
+    auto = model_class or (
+        "AutoModelForCausalLM" if kind in _DECODERS
+        else "AutoModelForImageClassification" if kind == "vit"
+        else "AutoModelForSeq2SeqLM" if kind == "t5"
+        else "AutoModelForSequenceClassification"
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, auto).from_config(config).eval()
+    linear_conv1d(model)
+    freeze(model, HEADS if num_labels and not auto.endswith("LM") else ())
+    return model
+
+
+def _random(kind: str, task: Task) -> tuple[nn.Module, Any]:
+    if kind not in RANDOM:
+        raise UnknownModel(f"model.path='random:{kind}': the random architectures are {', '.join(RANDOM)}")
+    seed = int(torch.randint(2**31, ()))
+    labels = task.options().get("num_labels", 0)
+    model = random_model(kind, labels, seed, task.model_class if kind != "t5" else None)
+    for key, value in task.options().items():
+        setattr(model.config, key, value)
+    if task.kind == "image":
+        from transformers import AutoImageProcessor  # noqa: F401
+        from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+        return model, ViTImageProcessorPil(size={"height": 16, "width": 16})
+    from transformers import ByT5Tokenizer
+
+    return model, ByT5Tokenizer(model_max_length=512)
