@@ -1,0 +1,104 @@
+"""Batches of a split: which rows come together and in which order, as a pure function of the seed and the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from methods.base import Batch
+    from tasks import Task
+
+
+class Encoded:
+    """Rows of one split as model inputs. Text is encoded once and kept; images are encoded each time."""
+
+    def __init__(self, rows: Dataset, task: Task, processor: Any):
+        self.rows, self.task, self.processor = rows, task, processor
+        self._kept: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if i in self._kept:
+            return self._kept[i]
+        encoded = self.task.encode(self.rows[i], self.processor)
+        if "input_ids" in encoded:
+            self._kept[i] = encoded
+        return encoded
+
+    def length(self, i: int) -> int:
+        """Tokens of row `i`; 0 for images, which all have the same size."""
+        return len(self[i]["input_ids"]) if self.task.kind != "image" else 0
+
+    def batch(self, indices: list[int]) -> Batch:
+        """The rows `indices` as one padded batch of tensors."""
+        return self.task.collate([self[i] for i in indices], self.processor)
+
+
+class TrainBatches:
+    """The endless training batches: `batches[k]` is that of optimizer step k, whatever came before.
+
+    Each epoch is a fresh permutation of all rows. Within `buckets` consecutive batches rows are sorted by length, so
+    that little is padded; the order of batches is shuffled again, so that length does not follow time.
+    """
+
+    def __init__(self, encoded: Encoded, *, batch_size: int, seed: int, buckets: int = 50):
+        if not len(encoded):
+            raise ValueError("the train split has no rows")
+        self.encoded, self.batch_size, self.seed, self.buckets = encoded, batch_size, seed, buckets
+        self.per_epoch = math.ceil(len(encoded) / batch_size)
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def indices(self, step: int) -> list[int]:
+        """Row indices of step `step`."""
+        epoch, k = divmod(step, self.per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._order(epoch))
+        return self._epoch[1][k]
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.encoded.batch(self.indices(step))
+
+    def micro(self, step: int, accumulate: int) -> list[Batch]:
+        """Step `step` in `accumulate` parts of nearly equal numbers of rows."""
+        rows = self.indices(step)
+        size = math.ceil(len(rows) / accumulate)
+        return [self.encoded.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+    def __iter__(self) -> Iterator[Batch]:
+        step = 0
+        while True:
+            yield self[step]
+            step += 1
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        rows = torch.randperm(len(self.encoded), generator=generator).tolist()
+        if self.buckets > 1:
+            pool = self.batch_size * self.buckets
+            pools = [sorted(rows[i : i + pool], key=self.encoded.length) for i in range(0, len(rows), pool)]
+            rows = [i for p in pools for i in p]
+        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        return [batches[i] for i in order]
+
+
+def longest(encoded: Encoded, batch_size: int) -> Batch:
+    """The batch of the longest rows: what decides the memory of a training step."""
+    rows = sorted(range(len(encoded)), key=encoded.length, reverse=True)[:batch_size]
+    return encoded.batch(rows)
+
+
+def eval_batches(encoded: Encoded, batch_size: int) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
+    """Every row once, longest first: (batch, the rows as they are in the data set)."""
+    order = sorted(range(len(encoded)), key=encoded.length, reverse=True)
+    for i in range(0, len(order), batch_size):
+        part = order[i : i + batch_size]
+        yield encoded.batch(part), [encoded.rows[j] for j in part]

@@ -1,0 +1,226 @@
+"""The training loop: the only one. Every method goes through it."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.model import load_trained_state, trained_state
+
+if TYPE_CHECKING:
+    from bench.batches import TrainBatches
+    from bench.config import TrainConfig
+    from bench.measure import StepTimer
+    from methods.base import Batch, Method
+
+
+class Diverged(Exception):
+    """The training loss is no longer a finite number."""
+
+
+class Interrupted(Exception):
+    """The process was asked to stop; what was computed is in the checkpoint."""
+
+
+@dataclass
+class Progress:
+    """All that a run needs beside model and optimizer to go on where it stopped."""
+
+    step: int = 0  # optimizer steps done
+    evaluated: int = 0  # the last step at which `val` was scored
+    history: list[dict[str, float | None]] = field(default_factory=list)
+    best_step: int | None = None
+    best_score: float | None = None
+    best_state: dict[str, Tensor] | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    last_metrics: dict[str, float] = field(default_factory=dict)
+    stale: int = 0  # evaluations since the best one
+    loss_scale: float = 2.0**16  # fp16 only
+
+
+class Loop:
+    """One training: model, method, optimizer and schedule, stepped until `steps`."""
+
+    def __init__(self, model: nn.Module, method: Method, cfg: TrainConfig, *, steps: int, device: torch.device):
+        self.model, self.method, self.cfg, self.steps, self.device = model, method, cfg, steps, device
+        lr = method.lr if cfg.lr is None else cfg.lr
+        self.optimizer = method.optimizer(model, lr, cfg.weight_decay)
+        factor = partial(schedule, kind=cfg.schedule, warmup=math.ceil(cfg.warmup * steps), steps=steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.progress = Progress()
+
+    def step(self, parts: list[Batch]) -> float:
+        """One optimizer step on the micro-batches `parts`; returns the loss."""
+        parts = [to_device(part, self.device) for part in parts]
+        self.model.train()
+        loss = float(self.optimizer.step(partial(self._closure, parts)))  # type: ignore[arg-type]
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss} at step {self.progress.step + 1} of {self.steps}; try a lower train.lr")
+        self.method.after_step(self.model, self.progress.step, self.steps)
+        self.schedule.step()
+        self.progress.step += 1
+        return loss
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The model's own loss and the method's penalty, under the run's precision."""
+        with autocast(self.cfg.precision, self.device):
+            return self.model(**batch).loss.float() + self.method.penalty(self.model)
+
+    def _closure(self, parts: list[Batch]) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        counts = [int((part["labels"] != -100).sum()) for part in parts]
+        total = torch.zeros((), device=self.device)
+        for part, count in zip(parts, counts, strict=True):
+            loss = self.loss(part) * (count / max(sum(counts), 1))
+            if torch.is_grad_enabled():  # a zeroth-order optimizer asks for the loss alone
+                (loss * self._scale).backward()
+            total += loss.detach()
+        if torch.is_grad_enabled():
+            self._unscale_and_clip()
+        return total
+
+    @property
+    def _scale(self) -> float:
+        return self.progress.loss_scale if self.cfg.precision == "fp16" else 1.0
+
+    def _unscale_and_clip(self) -> None:
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        if self._scale != 1.0:
+            torch._foreach_mul_([p.grad for p in trained], 1 / self._scale)
+            if not all(torch.isfinite(p.grad).all() for p in trained):  # type: ignore[arg-type]
+                self.optimizer.zero_grad(set_to_none=True)  # skip this step and scale less
+                self.progress.loss_scale /= 2
+                return
+        if self.cfg.clip is not None:
+            nn.utils.clip_grad_norm_(trained, self.cfg.clip)
+
+
+def train(
+    loop: Loop,
+    batches: TrainBatches,
+    *,
+    evaluate: Callable[[], tuple[float, dict[str, float]]],
+    timer: StepTimer,
+    log: Callable[[int, dict[str, float | None]], None],
+    tick: Callable[[], None],
+) -> None:
+    """Step until the end or until patience is out, scoring `val` on the way and keeping the best state.
+
+    evaluate: the headline score (higher is better) and all metrics on `val`. tick: called after each step, to show
+    progress, write checkpoints and stop. Raises Diverged, or what `tick` raises.
+    """
+    cfg, state = loop.cfg, loop.progress
+    every = cfg.eval_every or batches.per_epoch
+    log_every = max(1, loop.steps // 200)
+    while True:
+        due = state.step > 0 and (state.step % every == 0 or state.step == loop.steps)
+        if due and state.evaluated != state.step:
+            score, metrics = evaluate()
+            _keep_best(loop, score, metrics)
+            log(state.step, {f"val/{k}": v for k, v in metrics.items()})
+        if state.step >= loop.steps or (cfg.patience is not None and state.stale >= cfg.patience):
+            break
+        parts = batches.micro(state.step, cfg.accumulate)
+        rate = loop.schedule.get_last_lr()[0]
+        with timer:
+            loss = loop.step(parts)
+        if state.step % log_every == 0 or state.step in (1, loop.steps):
+            log(state.step, {"train/loss": loss, "train/lr": rate})
+        tick()
+    loop.method.finish(loop.model)
+
+
+def _keep_best(loop: Loop, score: float, metrics: dict[str, float]) -> None:
+    state = loop.progress
+    state.evaluated, state.last_metrics = state.step, metrics
+    if state.best_score is None or score > state.best_score:
+        state.best_score, state.best_step, state.best_metrics, state.stale = score, state.step, metrics, 0
+        if loop.cfg.select == "best":
+            state.best_state = {n: t.to("cpu", copy=True) for n, t in trained_state(loop.model).items()}
+    else:
+        state.stale += 1
+
+
+def select(loop: Loop) -> int:
+    """Give the model the state that `train.select` names; return its step."""
+    state = loop.progress
+    if loop.cfg.select == "best" and state.best_state is not None and state.best_step != state.step:
+        with torch.no_grad():
+            load_trained_state(loop.model, state.best_state)
+    return state.best_step if loop.cfg.select == "best" and state.best_step is not None else state.step
+
+
+def schedule(step: int, *, kind: str, warmup: int, steps: int) -> float:
+    """The factor on the learning rate at optimizer step `step` (from 0): linear warm-up, then the decay `kind`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    if kind == "linear":
+        return 1 - done
+    return 0.5 * (1 + math.cos(math.pi * done)) if kind == "cosine" else 1.0
+
+
+def autocast(precision: str, device: torch.device) -> Any:
+    """The autocast context of `train.precision`; none for fp32 and bf16_full."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`."""
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+class Stop:
+    """Turns the first SIGTERM or Ctrl-C into a flag; a second one ends the process at once."""
+
+    requested = ""
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number).name
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal came."""
+        if self.requested:
+            raise Interrupted(f"stopped by {self.requested}; the same command goes on from the checkpoint")
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Listen to SIGTERM and SIGINT inside the block (in the main thread; elsewhere nothing is listened to)."""
+    import threading
+
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+class Every:
+    """True once each `seconds`; never where `seconds` is null."""
+
+    def __init__(self, seconds: float | None):
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def __call__(self) -> bool:
+        if self.seconds is None or time.monotonic() - self.last < self.seconds:
+            return False
+        self.last = time.monotonic()
+        return True
