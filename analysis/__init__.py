@@ -1,0 +1,33 @@
+"""From a folder of records to tables, fronts, plots and one HTML report. Statistics return tables; plots take them.
+
+    runs = analysis.load("results")
+    table = analysis.summarise(runs)
+    analysis.plots.pareto(table[table.task == "rte"])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from analysis import plots as plots
+    from analysis import report as report
+    from analysis.fronts import Mixed as Mixed
+    from analysis.fronts import pareto as pareto
+    from analysis.runs import NoRuns as NoRuns
+    from analysis.runs import load as load
+    from analysis.summary import summarise as summarise
+
+_HOME = {"load": "runs", "NoRuns": "runs", "summarise": "summary", "pareto": "fronts", "Mixed": "fronts"}
+_MODULES = ("plots", "report")
+__all__ = ["Mixed", "NoRuns", "load", "pareto", "plots", "report", "summarise"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `python -m analysis --help` needs no pandas, a table needs no matplotlib."""
+    if name in _MODULES:
+        return importlib.import_module(f"analysis.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"analysis.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'analysis' has no attribute {name!r}; it has {', '.join(__all__)}")
