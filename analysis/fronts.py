@@ -1,0 +1,88 @@
+"""Pareto fronts: what no other row beats in both cost and score, among rows that may be compared."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+COMPARABLE = ("task", "model", "protocol", "data_standin", "metric")  # one front holds one value of each
+
+
+class Mixed(ValueError):
+    """Rows that no front may hold together; the message says what differs and how to split them."""
+
+
+def pareto(
+    table: pd.DataFrame, cost: str = "trained_params", score: str = "score", *, by: Sequence[str] = ()
+) -> pd.DataFrame:
+    """The table with a column `front`: True where no row is as cheap and as good, and better in one of the two.
+
+    Cost is minimised, score maximised; equal rows stay together. A row without cost or score is in no comparison: its
+    `front` is <NA>. `by` draws one front in each group, e.g. ["task", "model"].
+
+    Raises Mixed for rows of different tasks, models, protocols, metrics or test data, of generated and real data, and,
+    where the cost is a memory or a time, of different devices or ways of measuring. Different software only warns.
+    """
+    for name in (cost, score, *by):
+        if name not in table:
+            raise ValueError(f"no column {name!r}; the table has {', '.join(map(str, table.columns[:20]))}, ...")
+    front = pd.Series(pd.NA, index=table.index, dtype="boolean")
+    groups = [part for _, part in table.groupby(list(by), dropna=False)] if len(by) else [table]
+    for part in groups:
+        refuse_mixed(part, cost)
+        known = part[part[cost].notna() & part[score].notna()]
+        front[known.index] = on_front(known[cost].to_numpy(float), known[score].to_numpy(float))
+    return table.assign(front=front)
+
+
+def on_front(cost: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """(n,) bool for (n,) costs to minimise and (n,) scores to maximise, none missing; n log n."""
+    levels, level = np.unique(cost, return_inverse=True)
+    best = np.full(len(levels), -np.inf)
+    np.maximum.at(best, level, score)  # the best score at each cost
+    cheaper = np.concatenate([[-np.inf], np.maximum.accumulate(best)[:-1]]) if len(levels) else best
+    return (score == best[level]) & (score > cheaper[level])
+
+
+def refuse_mixed(table: pd.DataFrame, cost: str) -> None:
+    """Raise Mixed where the rows may not share a front."""
+    columns = [*COMPARABLE, *(("device", "memory_kind") if cost.startswith(("memory", "time")) else ())]
+    differing = {c: _values(table[c]) for c in columns if c in table and len(_values(table[c])) > 1}
+    if conflict := _data_conflict(table):
+        differing["test data (fingerprint)"] = conflict
+    if differing:
+        what = "; ".join(f"{name}: {', '.join(values[:4])}" for name, values in differing.items())
+        usable = [c for c in differing if c in table]
+        hint = f"Select one of each, or draw one front per group with by={usable}." if usable else "Select one data version."
+        raise Mixed(f"one front cannot hold rows that differ in {what}. {hint}")
+    if "software" in table and len(_values(table["software"])) > 1:
+        warnings.warn(f"rows of different software share a front: {' | '.join(_values(table['software']))}", stacklevel=3)
+
+
+def _values(column: pd.Series) -> list[str]:
+    return sorted({str(v) for v in column if not _missing(v) and v != ""})
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value))
+
+
+def _data_conflict(table: pd.DataFrame) -> list[str]:
+    """Two different test splits for the same seed (a protocol may cut another split for each seed)."""
+    seen: dict[Any, set[str]] = {}
+    for seed, fingerprint in _fingerprints(table):
+        seen.setdefault(seed, set()).add(fingerprint)
+    return sorted(set().union(*(prints for prints in seen.values() if len(prints) > 1)))
+
+
+def _fingerprints(table: pd.DataFrame) -> list[tuple[Any, str]]:
+    if "data_fingerprints" in table:
+        return [pair for pairs in table["data_fingerprints"] if isinstance(pairs, tuple) for pair in pairs]
+    if "data_fingerprint" not in table:
+        return []
+    seeds = table["seed"] if "seed" in table else [None] * len(table)
+    return [(s, f) for s, f in zip(seeds, table["data_fingerprint"], strict=True) if not _missing(f)]

@@ -1,0 +1,145 @@
+"""Read a folder of records into one table: one row per run, one flat column per value."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.columns import COSTS
+from bench.record import STATUSES, Record
+
+NESTED = ("data", "metrics", "memory", "time", "flops", "energy", "environment", "config")
+_NUMBERS = ("metrics", "memory", "time", "flops", "energy")
+_NOT_SETTINGS = ("seed", "results", "force", "wandb", "wandb_project", "device", "data", "name", "threads", "save_state")
+_FIELDS = {f.name: str(f.type) for f in dataclasses.fields(Record)}
+_SCALARS = [name for name in _FIELDS if name not in (*NESTED, "history", "warnings")]
+
+
+class NoRuns(FileNotFoundError):
+    """There is nothing to read; the message says where we looked and what makes records."""
+
+
+def load(folder: str | Path = "results") -> pd.DataFrame:
+    """One row per run of `folder/*/record.json`, whatever its status.
+
+    Nested values become `memory_peak`, `time_step`, `data_standin`, `config_train_lr`, `metrics_test/accuracy`, ...
+    Derived columns: `protocol`, `device`, `memory_kind`, `software` (fingerprint of the versions), `settings` (hash of the
+    config without the seed), `data_fingerprint` (content of the test split) and `path`.
+    A file that is no record is left out, named in `df.attrs["problems"]` (path, problem) and in one warning.
+
+    Raises NoRuns where the folder is missing or holds no readable record.
+    """
+    folder = Path(folder)
+    rows: list[dict[str, Any]] = []
+    problems: list[tuple[str, str]] = []
+    for path in _paths(folder):
+        try:
+            rows.append(_row(path))
+        except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
+            problems.append((str(path), f"{type(error).__name__}: {error}"))
+    if problems:
+        warnings.warn(_describe(problems), stacklevel=2)
+    if not rows:
+        raise NoRuns(f"{folder}: none of its {len(problems)} record files can be read. {_describe(problems)}")
+    runs = _table(rows)
+    runs.attrs["problems"] = problems
+    return runs
+
+
+def _paths(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise NoRuns(f"{folder}: no such folder (looked from {Path.cwd()}). {_WAY_OUT}")
+    paths = sorted(folder.glob("*/record.json"))
+    if not paths:
+        raise NoRuns(f"{folder}: no record (<id>/record.json) in this folder. {_WAY_OUT}")
+    return paths
+
+
+_WAY_OUT = "Give the folder that runs were written to (results=...), or make one: python -m bench method=lora task=rte"
+
+
+def _describe(problems: list[tuple[str, str]]) -> str:
+    shown = "; ".join(f"{path} ({problem})" for path, problem in problems[:3])
+    return f"{len(problems)} file(s) left out: {shown}{'; ...' if len(problems) > 3 else ''}"
+
+
+def _row(path: Path) -> dict[str, Any]:
+    record = Record.load(path)
+    _check(record)
+    row = {name: getattr(record, name) for name in _SCALARS}
+    row["warnings"] = len(record.warnings)
+    for name in NESTED:
+        _flatten(getattr(record, name), name, row)
+    return row | _derived(record) | {"path": str(path)}
+
+
+def _check(record: Record) -> None:
+    """Raise ValueError where a value has not the type that the record declares."""
+    if record.status not in STATUSES:
+        raise ValueError(f"status {record.status!r} is none of {', '.join(STATUSES)}")
+    for name, kind in _FIELDS.items():
+        value = getattr(record, name)
+        if not _matches(value, kind):
+            raise ValueError(f"{name} is {value!r:.60}, not {kind}")
+        if name in _NUMBERS and not all(_matches(v, "float | None") for v in value.values()):
+            raise ValueError(f"{name} holds something that is not a number: {value!r:.60}")
+
+
+def _matches(value: Any, kind: str) -> bool:
+    if value is None:
+        return kind.endswith("None")
+    if kind.startswith("dict"):
+        return isinstance(value, dict)
+    if kind.startswith("list"):
+        return isinstance(value, list)
+    if kind.startswith("str"):
+        return isinstance(value, str)
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _flatten(value: Any, name: str, row: dict[str, Any]) -> None:
+    """Put every leaf of `value` into `row` as `name_key_key`; a list stays one cell, as JSON."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _flatten(inner, f"{name}_{key}", row)
+    else:
+        row[name] = json.dumps(value) if isinstance(value, list) else value
+
+
+def _derived(record: Record) -> dict[str, Any]:
+    environment, data = record.environment, record.data
+    prints = data.get("fingerprints")
+    settings = {k: v for k, v in record.config.items() if k not in _NOT_SETTINGS}
+    return {
+        "protocol": data.get("protocol"),
+        "device": _text(environment.get("device")),
+        "memory_kind": environment.get("memory"),
+        "software": _text(environment.get("software")),
+        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8],
+        "data_fingerprint": prints.get("test") if isinstance(prints, dict) else None,
+        "data_standin": bool(data.get("standin")) or record.task.endswith("(stand-in)"),
+    }
+
+
+def _text(value: Any) -> str | None:
+    """`{"torch": "2.13", ...}` as one comparable line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in sorted(value.items()) if v is not None)
+    return None if value is None else str(value)
+
+
+def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    names = dict.fromkeys([*COSTS, "score"]) | dict.fromkeys(key for row in rows for key in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    numeric = {n for n in names if n in COSTS or n.startswith(tuple(f"{k}_" for k in _NUMBERS))} | {"score"}
+    numeric |= {n for n in _SCALARS if not _FIELDS[n].startswith("str")}
+    numeric -= {"seed", "schema", "memory_kind"}
+    table = pd.DataFrame({n: pd.Series(c, dtype=float if n in numeric else None) for n, c in columns.items()})
+    first = [n for n in ("task", "model", "method", "seed", "status", "score", *COSTS) if n in columns]
+    return table[[*first, *(n for n in names if n not in first)]]
