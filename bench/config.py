@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf, open_dict
 
 from tasks.data import DataConfig
 
+CONF = Path(__file__).resolve().parents[1] / "conf"
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16_full")
 
@@ -87,28 +90,54 @@ class Config:
         choose("wandb", self.wandb, ("auto", "online", "offline", "off"))
 
 
+def compose(overrides: list[str]) -> Config:
+    """The configuration that `python -m bench OVERRIDES` would run, for notebooks and tests."""
+    import hydra
+
+    import methods  # noqa: F401  (registers the groups)
+
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("config", overrides=overrides, return_hydra_config=True)
+    choices = cfg.hydra.runtime.choices
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return to_config(cfg, choices)
+
+
+def to_config(cfg: Any, choices: Any) -> Config:
+    """Typed objects from a composed config; `choices` are the names that Hydra chose for each group.
+
+    Refuses keys that got through a closed schema with `+` and that nothing would read.
+    """
+    config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    for name in ("method", "task", "model", "train"):
+        part = getattr(config, name)
+        if not dataclasses.is_dataclass(part):
+            raise ValueError(f"{name} is not set; give {name}=NAME")
+        known = {f.name for f in dataclasses.fields(part)}
+        if unknown := [k for k in cfg[name] if k not in known]:
+            raise ValueError(f"{name}.{unknown[0]} does not exist; the fields are {', '.join(sorted(known))}")
+    config.choices = {k: choices[k] for k in ("method", "model", "task")}
+    config.name = config.name or choices.get("experiment")
+    if config.model.path == "auto":
+        _default_model(config)
+    return config
+
+
+def _default_model(config: Config) -> None:
+    """`model=auto` is the model that the task's YAML names; what was set on top of `auto` stays."""
+    name = config.task.default_model
+    own = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(ModelConfig)}
+    given = {k: v for k, v in own.items() if k != "path" and v != getattr(ModelConfig(), k)}
+    chosen = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(CONF / "model" / f"{name}.yaml"), given)
+    config.model = OmegaConf.to_object(chosen)  # type: ignore[assignment]
+    config.choices["model"] = name
+
+
 def choose(key: str, value: str, options: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `options`."""
     if value not in options:
         raise ValueError(f"{key}={value!r}: the options are {', '.join(options)}")
-
-
-def to_config(cfg: Any) -> Config:
-    """Typed objects from a composed config. Refuses keys that got through with `+` but that no field reads."""
-    import dataclasses
-
-    from omegaconf import OmegaConf
-
-    config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
-    parts = {"method": config.method, "task": config.task, "model": config.model, "train": config.train}
-    for name, part in parts.items():
-        if not dataclasses.is_dataclass(part):
-            raise ValueError(f"{name} is not set; give {name}=NAME")
-        known = {f.name for f in dataclasses.fields(part)}
-        unknown = [k for k in cfg[name] if k not in known]
-        if unknown:
-            raise ValueError(f"{name}.{unknown[0]} does not exist; the fields are {', '.join(sorted(known))}")
-    return config
 
 
 ConfigStore.instance().store(name="schema", node=Config)

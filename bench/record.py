@@ -18,7 +18,7 @@ from typing import Any
 
 SCHEMA = 1
 STATUSES = ("ok", "skipped", "oom", "diverged", "failed", "interrupted")
-_NOT_IDENTITY = ("results", "force", "wandb", "device", "data")
+_NOT_IDENTITY = ("results", "force", "wandb", "wandb_project", "device", "threads", "data", "name", "save_state")
 
 
 @dataclass
@@ -74,12 +74,14 @@ class Record:
         return cls(**values)
 
 
-def identity(config: dict[str, Any], standin: bool) -> str:
-    """The 12 hex digits that name a run: a hash of the resolved config and of whether its rows are real.
+def identity(config: dict[str, Any], data: dict[str, Any]) -> str:
+    """The 12 hex digits that name a run: a hash of what decides its numbers (the resolved config and the rows).
 
-    Where results go, which machine trains and how it is tracked do not change the id.
+    Where results go, which machine trains, how often it writes checkpoints and how it is tracked do not change the id.
     """
-    kept = {k: v for k, v in config.items() if k not in _NOT_IDENTITY} | {"standin": standin}
+    kept = {k: v for k, v in config.items() if k not in _NOT_IDENTITY}
+    kept["train"] = {k: v for k, v in config["train"].items() if k != "checkpoint_seconds"}
+    kept["data"] = {k: data.get(k) for k in ("standin", "fingerprints")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -1,0 +1,63 @@
+"""python -m bench method=lora task=rte: compose the configuration, run each cell, keep its record."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+
+import methods  # noqa: F401  (registers the groups that a command line chooses from)
+import tasks  # noqa: F401
+from bench.config import to_config
+from bench.suggest import suggest
+from bench.table import exit_code, seen
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(cfg: Any) -> str:
+    """One cell of the grid. What goes wrong inside it ends in its record, whose path this returns."""
+    from bench.run import run
+
+    config = to_config(cfg, HydraConfig.get().runtime.choices)
+    record = run(config)
+    return f"{config.results}/{record.id}"
+
+
+def command_line() -> int:
+    """Run `main`; add what was probably meant to Hydra's message about a misspelled key or choice."""
+    messages = _Tee(sys.stderr)
+    try:
+        with contextlib.redirect_stderr(messages):
+            main()
+    except SystemExit as stop:
+        if stop.code and (hint := suggest(messages.getvalue(), sys.argv[1:])):
+            print(hint, file=sys.stderr)
+        raise
+    return exit_code(seen)
+
+
+class _Tee(io.StringIO):
+    """Keeps the beginning of what is written to a stream, which shows it all as before."""
+
+    def __init__(self, stream: Any):
+        super().__init__()
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        if self.tell() < 10_000:
+            super().write(text)
+        return self.stream.write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())
