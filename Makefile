@@ -1,0 +1,30 @@
+# Two commands on a bare machine with python3 (venv, pip) and make: `make demo`, `make test`.
+PY ?= python3
+BIN := .venv/bin
+UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+export UV_FIND_LINKS
+DEMO ?= results/demo
+
+.PHONY: demo test check clean
+
+.venv/.done: pyproject.toml constraints.txt
+	$(PY) -m venv .venv
+	$(BIN)/pip install -q uv
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/.done ## one run, a small grid, the table and the report
+	$(BIN)/python -m tasks fetch demo
+	$(BIN)/python -m bench method=lora task=rte results=$(DEMO)/first
+	$(BIN)/python -m bench experiment=demo results=$(DEMO)/grid
+	$(BIN)/python -m analysis table $(DEMO)/grid
+	$(BIN)/python -m analysis report $(DEMO)/grid -o $(DEMO)/report.html
+
+test: .venv/.done ## the whole test suite, on the CPU and without a network
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2
+
+clean:
+	rm -rf .venv results
