@@ -138,3 +138,7 @@ def _alternatives(annotation: str) -> list[str]:
             parts.append(annotation[start:i])
             start = i + 1
     return [*parts, annotation[start:]]
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=1))
