@@ -94,6 +94,21 @@ class Adapted(nn.Module):
             raise
 
 
+def new_parameter(base: nn.Module, *shape: int) -> nn.Parameter:
+    """A trained parameter of zeros beside the frozen layer `base`: on its device, in float32 where `base` is in half.
+
+    Half precision cannot hold the small steps of an optimizer. A forward therefore takes its input to the parameter's
+    dtype and its result back to that of the layer's output.
+    """
+    return nn.Parameter(torch.zeros(shape, **placement(base)))
+
+
+def placement(base: nn.Module) -> dict[str, Any]:
+    """`device` and `dtype` of what is trained beside `base`; the rule of `new_parameter`."""
+    like = next(base.parameters())
+    return {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+
+
 def adapt_linears(model: nn.Module, targets: str, adapt: Callable[[nn.Linear], Adapted]) -> list[str]:
     """Put `adapt(layer)` in the place of each linear layer that `targets` names; return their names.
 
