@@ -11,14 +11,16 @@ _SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 _GAPS = (6, 14, 26, 42, 62)
 
 
-def place(points: np.ndarray, sizes: np.ndarray, bounds: Box, *, radius: float = 4) -> list[Box | None]:
+def place(
+    points: np.ndarray, sizes: np.ndarray, bounds: Box, *, radius: float = 4, blocked: Sequence[Box] = ()
+) -> list[Box | None]:
     """The box of each label, or None where there is no room.
 
     `points` (n, 2) and `sizes` (n, 2: width, height) are in pixels. Earlier points choose first: give the important ones
-    first. A label prefers to be near, then right, left, above, below of its point.
+    first. A label prefers to be near, then right, left, above, below of its point. `blocked` boxes are avoided too.
     """
     dots: list[Box] = [(x - radius, y - radius, x + radius, y + radius) for x, y in points]
-    taken: list[Box] = []
+    taken: list[Box] = list(blocked)
     boxes: list[Box | None] = []
     for (x, y), (width, height) in zip(points, sizes, strict=True):
         candidates = (_box(x, y, width, height, side, gap) for gap in _GAPS for side in _SIDES)

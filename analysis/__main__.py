@@ -1,0 +1,91 @@
+"""python -m analysis report|table|plot RUNS: look at a folder of runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+EXAMPLES = """examples:
+  python -m analysis table results
+  python -m analysis report results -o report.html        one file, opens from disk, needs no network
+  python -m analysis plot results --task rte --cost memory_peak -o pareto.png
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return the exit code (2 for input that cannot be used, with the way out on stderr)."""
+    args = _parser().parse_args(argv)
+    from analysis.fronts import Mixed
+    from analysis.runs import NoRuns
+
+    try:
+        print(args.run(args))
+    except (NoRuns, Mixed, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m analysis", description=__doc__, epilog=EXAMPLES, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("table", _table, "print scores and costs, one line per task and method"),
+        ("report", _report, "write one interactive HTML file"),
+        ("plot", _plot, "draw score against cost with its Pareto front (png, svg or pdf)"),
+    ):
+        command = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES, formatter_class=raw)
+        command.add_argument("runs", nargs="?", type=Path, default=Path("results"), help="folder of runs (results)")
+        command.set_defaults(run=run)
+        if name == "report":
+            command.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="file (report.html)")
+        if name == "plot":
+            command.add_argument("-o", "--output", type=Path, default=Path("pareto.png"), help="file (pareto.png)")
+            command.add_argument("--cost", default="trained_params", help="column of the cost axis (trained_params)")
+            command.add_argument("--task", help="the task to draw, where the runs have several")
+            command.add_argument("--model", help="the model to draw, where the runs have several")
+    return parser
+
+
+def _table(args: argparse.Namespace) -> str:
+    from analysis import load, summarise
+    from analysis.text import results
+
+    return results(summarise(load(args.runs)))
+
+
+def _report(args: argparse.Namespace) -> str:
+    from analysis import load
+    from analysis.report import report
+
+    path = report(load(args.runs), args.output)
+    return f"{path} ({path.stat().st_size / 1024:.0f} kB): open it in a browser"
+
+
+def _plot(args: argparse.Namespace) -> str:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from analysis import load, plots, summarise
+
+    table = summarise(load(args.runs))
+    for column in ("task", "model"):
+        table = _choose(table, column, getattr(args, column))
+    plots.pareto(table, args.cost).figure.savefig(args.output, dpi=160)
+    return str(args.output)
+
+
+def _choose(table, column, wanted):  # type: ignore[no-untyped-def]
+    """The rows of one task or model; which one must be said where there are several."""
+    names = sorted(table[column].unique())
+    if wanted is None and len(names) > 1:
+        raise ValueError(f"the runs have several {column}s: choose one with --{column}: {', '.join(names)}")
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"--{column} {wanted!r} is not in the runs; they have {', '.join(names)}")
+    return table if wanted is None else table[table[column] == wanted]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

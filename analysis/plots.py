@@ -1,0 +1,119 @@
+"""Figures of tables: each function takes a table first and returns the axes that it drew on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.columns import COSTS, METRICS, axis_title, write
+from analysis.fronts import pareto as flag_front
+from analysis.placement import place
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FRONT, OTHER = "#0072B2", "#8a6d3b"  # told apart by lightness and by a filled or hollow mark as well
+
+
+def pareto(table: pd.DataFrame, cost: str = "trained_params", ax: Axes | None = None, *, score: str = "score") -> Axes:
+    """Score against cost, one mark per row, the front as a stair, the interval over seeds as bars.
+
+    The cost axis is logarithmic where costs span more than a decade; a cost of 0 then has its own place at the left.
+    Rows without cost or score are counted below the plot. Refuses mixed tables as `analysis.pareto` does.
+    """
+    import matplotlib.pyplot as plt
+
+    ax = plt.subplots(figsize=(7, 4.6), layout="constrained")[1] if ax is None else ax
+    table = flag_front(table, cost, score)
+    known = table[table["front"].notna()].sort_values([cost, score])
+    if known.empty:
+        raise ValueError(f"no row has both {cost!r} and {score!r}: nothing to draw ({len(table)} rows)")
+    _scale(ax, known[cost].to_numpy(float), cost)
+    _marks(ax, known, cost, score)
+    _write_titles(ax, table, cost, score)
+    _label(ax, known, cost, score)
+    return ax
+
+
+def _scale(ax: Axes, costs: np.ndarray, cost: str) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    positive = costs[costs > 0]
+    if len(positive) and positive.max() > 10 * positive.min():
+        smallest = 10.0 ** np.floor(np.log10(positive.min()))
+        if (costs <= 0).any():
+            ax.set_xscale("symlog", linthresh=smallest, linscale=0.6)
+        else:
+            ax.set_xscale("log")
+    unit = COSTS[cost].unit if cost in COSTS else ""
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value, unit)))
+    ax.margins(0.09, 0.12)
+
+
+def _marks(ax: Axes, known: pd.DataFrame, cost: str, score: str) -> None:
+    front = known["front"].to_numpy(bool)
+    x, y = known[cost].to_numpy(float), known[score].to_numpy(float)
+    for chosen, colour, name in ((~front, OTHER, "dominated"), (front, FRONT, "Pareto front")):
+        bars: Any = {
+            axis: _reach(known[chosen], column) for axis, column in (("xerr", cost), ("yerr", score))
+        }  # nothing is drawn where there is one seed
+        face = colour if name == "Pareto front" else "none"
+        ax.errorbar(x[chosen], y[chosen], **bars, fmt="o", color=colour, mfc=face, elinewidth=0.9, ms=6, label=name)
+    ax.step(x[front], y[front], where="post", color=FRONT, linewidth=1.2, alpha=0.7)
+    ax.legend(loc="lower right", fontsize=8)
+
+
+def _reach(rows: pd.DataFrame, column: str) -> np.ndarray | None:
+    """(2, n) distances to the interval's ends, NaN as 0; None where the table has no interval."""
+    if f"{column}_low" not in rows:
+        return None
+    low, high = rows[column] - rows[f"{column}_low"], rows[f"{column}_high"] - rows[column]
+    return np.nan_to_num(np.array([low, high], dtype=float)).clip(0)
+
+
+def _write_titles(ax: Axes, table: pd.DataFrame, cost: str, score: str) -> None:
+    ax.set_xlabel(axis_title(cost))
+    metric = table["metric"].iloc[0] if score == "score" and "metric" in table else ""
+    ax.set_ylabel(f"Test {metric}" if metric else score.removeprefix(METRICS))
+    names = [str(table[c].iloc[0]) for c in ("task", "model") if c in table]
+    standin = "data_standin" in table and bool(table["data_standin"].iloc[0])
+    ax.set_title(" · ".join(names) + (": generated stand-in data, no result" if standin else ""), fontsize=11)
+    if standin:
+        middle: dict[str, Any] = dict(ha="center", va="center", rotation=25, transform=ax.transAxes, zorder=0)
+        ax.text(0.5, 0.5, "STAND-IN DATA", fontsize=34, color="0.5", alpha=0.25, **middle)
+    if absent := int(table["front"].isna().sum()):
+        note: dict[str, Any] = dict(xycoords="axes fraction", fontsize=7, color="0.35", va="bottom")
+        ax.annotate(f"{absent} row(s) without cost or score are not drawn", (0.01, 0.01), **note)
+
+
+def _label(ax: Axes, known: pd.DataFrame, cost: str, score: str) -> None:
+    """Name the marks; front first, so that where there is no room, only dominated marks stay without a name."""
+    rows = known.sort_values("front", ascending=False, kind="stable")
+    names = rows["label"] if "label" in rows else rows["method"] if "method" in rows else rows.index
+    figure = ax.figure
+    figure.canvas.draw()
+    renderer: Any = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    texts = [ax.annotate(str(n), (0, 0), xycoords="figure pixels", fontsize=8) for n in names]
+    extents = [text.get_window_extent(renderer) for text in texts]
+    points = ax.transData.transform(rows[[cost, score]].to_numpy(float))
+    box = ax.get_window_extent(renderer)
+    legend = ax.get_legend()
+    blocked = [legend.get_window_extent(renderer).extents] if legend else []
+    sizes = np.array([[e.width, e.height] for e in extents])
+    places = place(points, sizes, (box.x0, box.y0, box.x1, box.y1), radius=4 * figure.dpi / 72, blocked=blocked)
+    for text, point, found in zip(texts, points, places, strict=True):
+        text.remove()
+        if found is not None:
+            _annotate(ax, text.get_text(), point, found)
+
+
+def _annotate(ax: Axes, name: str, point: np.ndarray, box: tuple[float, float, float, float]) -> None:
+    """Write a name into its box, tied to the mark in data coordinates so that it moves with it."""
+    points_per_pixel = 72 / ax.figure.dpi
+    offset = ((box[0] - point[0]) * points_per_pixel, (box[1] - point[1]) * points_per_pixel)
+    far = np.hypot((box[0] + box[2]) / 2 - point[0], (box[1] + box[3]) / 2 - point[1]) > (box[2] - box[0]) / 2 + 20
+    arrow: Any = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6} if far else None
+    data = ax.transData.inverted().transform(point)
+    ax.annotate(name, data, offset, textcoords="offset points", fontsize=8, arrowprops=arrow, annotation_clip=False)

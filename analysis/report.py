@@ -1,0 +1,119 @@
+"""One interactive HTML file of a folder of runs: no network, no dependency, opens from disk.
+
+The page is `page.html` with `page.css`, `plot.js` and `page.js` inlined; the results travel as JSON, and the scripts build
+every element through `textContent`, so that nothing in a record can act as markup.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.columns import COSTS, MAIN_COSTS, METRICS, Column, is_score
+from analysis.fronts import Mixed, refuse_mixed
+from analysis.summary import summarise
+from bench.record import STATUSES, write_atomically
+
+_DATA_FACTS = ("kind", "path", "name", "revision", "protocol", "licence", "rows_train", "rows_val", "rows_test")
+
+
+def report(runs: pd.DataFrame, path: str | Path = "report.html", title: str = "Paretune report") -> Path:
+    """Write the report of the runs of `analysis.load`; return its path. The state of the page is in its address,
+
+    e.g. `report.html#task=stsb&cost=memory_peak&methods=lora,dora`.
+    """
+    page = _part("page.html")
+    content = json.dumps(payload(runs, title), allow_nan=False).replace("<", "\\u003c")
+    parts = {"style": _part("page.css"), "plot": _part("plot.js"), "script": _part("page.js"), "data": content}
+    for name, text in parts.items():
+        page = page.replace(f"/*{name}*/", text, 1)
+    write_atomically(Path(path), page)
+    return Path(path)
+
+
+def payload(runs: pd.DataFrame, title: str) -> dict[str, Any]:
+    """Everything that the page shows, as plain JSON values."""
+    table = summarise(runs)
+    columns = [c for c in table.columns if (c in COSTS or is_score(c)) and not c.endswith(("_sd", "_low", "_high"))]
+    columns = [c for c in columns if table[c].notna().any()]
+    table["view"] = views(table)
+    return {
+        "title": title,
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "counts": {status: int((runs["status"] == status).sum()) for status in STATUSES},
+        "problems": [[str(part) for part in problem] for problem in runs.attrs.get("problems", [])],
+        "columns": [_column(name) for name in columns],
+        "main": [c for c in MAIN_COSTS if c in columns],
+        "rows": [_row(row, columns) for row in table.to_dict("records")],
+        "absent": [_absent(run) for run in runs[runs["status"] != "ok"].to_dict("records")],
+        "data": _distinct(runs, ["task", *(f"data_{fact}" for fact in _DATA_FACTS), "data_fingerprint"]),
+        "environment": _distinct(runs, ["model", "config_model_path", "config_model_revision", *_ENVIRONMENT]),
+    }
+
+
+_ENVIRONMENT = ("device", "memory_kind", "software", "environment_commit", "environment_python", "environment_os")
+
+
+def views(table: pd.DataFrame) -> pd.Series:
+    """For each row the number, within its task and model, of the set of rows that it may be compared with."""
+    view = pd.Series(0, index=table.index)
+    for _, part in table.groupby(["task", "model"], dropna=False):
+        sets: list[list[Any]] = []
+        for index in part.index:
+            home = next((i for i, rows in enumerate(sets) if _comparable(table.loc[[*rows, index]])), len(sets))
+            sets[home:] = [[*sets[home], index], *sets[home + 1 :]] if home < len(sets) else [[index]]
+            view[index] = home
+    return view
+
+
+def _comparable(rows: pd.DataFrame) -> bool:
+    try:
+        refuse_mixed(rows.drop(columns="software"), "time")  # the strictest: the page also shows times
+    except Mixed:
+        return False
+    return True
+
+
+def _part(name: str) -> str:
+    return files("analysis").joinpath(name).read_text(encoding="utf-8")
+
+
+def _column(name: str) -> dict[str, Any]:
+    column = COSTS.get(name, Column(name.removeprefix(METRICS), ""))
+    title = "Score (headline metric, test)" if name == "score" else column.title
+    return {"key": name, "title": title, "unit": column.unit, "score": is_score(name)}
+
+
+def _row(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+    facts = ("task", "model", "method", "label", "metric", "protocol", "device", "memory_kind", "software", "experiment")
+    values = {c: [_number(row[f"{c}{end}"]) for end in ("", "_sd", "_low", "_high")] for c in columns}
+    counts = {"n": int(row["n"]), "missing": int(row["missing"]), "view": int(row["view"])}
+    return {f: _cell(row.get(f)) for f in facts} | counts | {"standin": bool(row["data_standin"]), "values": values}
+
+
+def _absent(run: dict[str, Any]) -> dict[str, str]:
+    return {key: _cell(run.get(key)) for key in ("task", "model", "method", "seed", "status", "reason")}
+
+
+def _distinct(runs: pd.DataFrame, names: list[str]) -> dict[str, Any]:
+    """The different rows of some columns, without the columns that nothing is known of."""
+    known = [name for name in names if name in runs and runs[name].notna().any()]
+    rows = runs[known].astype(object).drop_duplicates()
+    heads = [name.removeprefix("data_").removeprefix("config_").removeprefix("environment_") for name in known]
+    return {"heads": [h.replace("_", " ") for h in heads], "rows": [[_cell(v) for v in row] for row in rows.to_numpy()]}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _cell(value: Any) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
