@@ -1,0 +1,29 @@
+"""Tasks: one file per kind of task (code), one file of conf/task per task (values)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tasks import classification, generation, image  # noqa: F401
+from tasks.base import Rows, Task
+from tasks.data import DataConfig, MissingData
+
+__all__ = ["DataConfig", "MissingData", "Rows", "Task", "compose_task", "names"]
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def names() -> list[str]:
+    """The tasks that conf/task has a file for."""
+    return sorted(file.stem for file in (CONF / "task").glob("*.yaml"))
+
+
+def compose_task(name: str, overrides: Sequence[str] = ()) -> Task:
+    """The task of conf/task/NAME.yaml; `overrides` are `task.key=value`. Raises ValueError for an unknown name."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    if name not in names():
+        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(names())}")
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return OmegaConf.to_object(compose(f"task/{name}", overrides=list(overrides)).task)  # type: ignore[return-value]

@@ -1,0 +1,51 @@
+"""Image classification with a vision model (VTAB, CIFAR, digits)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tasks.base import Row, register
+from tasks.classification import Classification
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register
+@dataclass
+class Image(Classification):
+    """The image processor of the checkpoint resizes and normalises; images are made RGB before."""
+
+    image: str = "image"
+    labels: int = 10
+    size: int = 32  # pixels a side in the public set; the stand-in's images have it too
+    grey: bool = False
+
+    kind: ClassVar[str] = "image"
+    model_class: ClassVar[str] = "AutoModelForImageClassification"
+    head: ClassVar[tuple[str, ...]] = ("classifier",)
+
+    def columns(self) -> list[str]:
+        return [self.image, self.label]
+
+    def example(self, rng: Any) -> Row:
+        from tasks import standin
+
+        image, label = standin.texture(rng, self.labels, self.size, grey=self.grey)
+        return {self.image: image, self.label: label}
+
+    def encode(self, row: Row, processor: Any) -> Row:
+        """`pixel_values`: a float32 (3, height, width) array."""
+        import numpy as np
+
+        pixels = processor(row[self.image].convert("RGB"))["pixel_values"][0]
+        return {"pixel_values": np.asarray(pixels, dtype=np.float32), "labels": int(row[self.label])}
+
+    def collate(self, rows: list[Row], processor: Any) -> dict[str, Tensor]:
+        """(batch, 3, height, width) float32 and int64 labels."""
+        import numpy as np
+        import torch
+
+        pixels = torch.from_numpy(np.stack([np.asarray(r["pixel_values"], dtype=np.float32) for r in rows]))
+        return {"pixel_values": pixels, "labels": torch.tensor([r["labels"] for r in rows])}

@@ -1,0 +1,189 @@
+"""Generated rows with the columns, labels and metric of a real task, for machines that cannot have its rows.
+
+Easy and hard examples are mixed, so that methods differ. They say that code works and never how good a method is.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tasks.data import Public
+
+if TYPE_CHECKING:
+    from tasks.base import Task
+
+VERSION = 1
+TRAIN, OTHERS = 2000, 400  # rows of the public training split (and those held out of it), of each other split
+
+PEOPLE = "Anna Boris Clara David Elena Frank Greta Henry Irene Jonas Karin Louis Maria Nadia Oscar Petra".split()
+CITIES = "Paris Berlin London Madrid Rome Vienna Lisbon Dublin Oslo Athens Prague Warsaw".split()
+JOBS = "teacher baker lawyer nurse pilot painter farmer singer doctor writer".split()
+THINGS = "book lamp chair letter piano bicycle camera ticket garden boat".split()
+VERBS = {"bought": "purchased", "repaired": "fixed", "described": "portrayed", "found": "discovered", "sold": "traded"}
+GOOD = "wonderful moving brilliant funny charming clever beautiful gripping warm honest".split()
+BAD = "dull awful boring clumsy tedious hollow messy tiresome lazy painful".split()
+PARTS = "plot acting music dialogue ending camera pace script cast idea".split()
+
+Pair = tuple[tuple[str, ...], Any]
+
+
+def generate(task: Task, seed: int = 0) -> Public:
+    """The public splits of `task`, generated; always the same for the same task, version and seed."""
+    from datasets import Dataset
+
+    splits = {}
+    for name in dict.fromkeys(task.splits.values()):
+        rng = random.Random(f"{task.path}/{task.name}/{task.standin}/{name}/{seed}")
+        size = TRAIN + task.holdout * (task.protocol == "heldout") if name == task.splits["train"] else OTHERS
+        rows = [task.example(rng) for _ in range(size)]
+        splits[name] = Dataset.from_list(rows)
+    return Public(splits, {"kind": "standin", "standin": True, "revision": f"{task.standin} v{VERSION} seed {seed}"})
+
+
+def entailment(rng: random.Random, labels: int) -> Pair:
+    """Facts about people, and a claim about one of them: 0 follows; 1 does not (2 classes) or is open; 2 contradicts."""
+    people, label = rng.sample(PEOPLE, 3), rng.randrange(labels)
+    cities, jobs = rng.sample(CITIES, 4), rng.sample(JOBS, 3)
+    facts = [f"{p} is a {j} and lives in {c}." for p, j, c in zip(people, jobs, cities, strict=False)]
+    who = rng.randrange(3)
+    person, true, other = people[who], cities[who], rng.choice([cities[(who + 1) % 3], cities[3]])
+    if label == 0:
+        claim = rng.choice(
+            [f"{person} lives in {true}.", f"{person} does not live in {other}.", f"A {jobs[who]} lives in {true}."]
+        )
+    elif label == 1 and labels == 3:
+        claim = rng.choice([f"{person} was born in {true}.", f"{person} once met {people[who - 1]} in {other}."])
+    else:
+        claim = rng.choice(
+            [f"{person} lives in {other}.", f"{person} does not live in {true}.", f"A {jobs[who - 1]} lives in {true}."]
+        )
+    rng.shuffle(facts)
+    return (" ".join(facts), claim), label
+
+
+def reversed_entailment(rng: random.Random, labels: int) -> Pair:
+    """`entailment` where class 1 is what follows (WNLI)."""
+    texts, label = entailment(rng, labels)
+    return texts, labels - 1 - label
+
+
+def answerable(rng: random.Random, labels: int) -> Pair:
+    """A question and a sentence that answers it (0) or speaks of another person or matter (1)."""
+    (person, other), city, job = rng.sample(PEOPLE, 2), rng.choice(CITIES), rng.choice(JOBS)
+    questions = {
+        f"Where does {person} live?": f"lives in {city}",
+        f"What is the work of {person}?": f"earns a living as a {job}",
+    }
+    (question, answer), label = rng.choice(list(questions.items())), rng.randrange(2)
+    wrong = next(a for q, a in questions.items() if q != question)
+    who, what = (person, answer) if label == 0 else rng.choice([(other, answer), (person, wrong)])
+    return (question, f"{who}, a friend of {other if who == person else person}, {what}."), label
+
+
+def yes_no(rng: random.Random, labels: int) -> Pair:
+    """A question and a passage: 1 where the answer is yes (BoolQ)."""
+    (passage, claim), label = entailment(rng, 2)
+    claim = claim.rstrip(".")
+    return (f"is it true that {claim[0].lower() + claim[1:] if claim.startswith('A ') else claim}", passage), 1 - label
+
+
+def acceptability(rng: random.Random, labels: int) -> Pair:
+    """A sentence, in seven of ten cases grammatical (1); else with an error of agreement, order or number of words (0)."""
+    many = rng.random() < 0.5
+    subject = f"the {rng.choice(JOBS)}{'s' * many} from {rng.choice(CITIES)}"
+    words = f"{subject} {'have' if many else 'has'} {rng.choice(list(VERBS))} a {rng.choice(THINGS)} for {rng.choice(PEOPLE)}"
+    label, parts = int(rng.random() < 0.7), words.split()
+    if not label:
+        error, at = rng.randrange(4), rng.randrange(len(parts) - 1)
+        if error == 0:
+            parts[4] = "has" if many else "have"
+        elif error == 1:
+            parts[at], parts[at + 1] = parts[at + 1], parts[at]
+        elif error == 2:
+            parts.insert(at, parts[at])
+        else:
+            del parts[rng.choice([4, 5, 6])]
+    text = " ".join(parts)
+    return (text[0].upper() + text[1:] + ".",), label
+
+
+def sentiment(rng: random.Random, labels: int) -> Pair:
+    """A review whose last clause decides (1 positive); words before `but` and behind `not` mislead."""
+    label = rng.randrange(2)
+
+    def clause(positive: int) -> str:
+        negated = rng.random() < 0.3
+        word = rng.choice(GOOD if positive != negated else BAD)
+        return f"the {rng.choice(PARTS)} is {'not ' * negated}{word}"
+
+    start = f"{clause(1 - label)} but " if rng.random() < 0.5 else f"{clause(label)} and "
+    return (start + clause(label),), label
+
+
+def paraphrase(rng: random.Random, labels: int) -> Pair:
+    """Two sentences: the same event in other words (1), or with a role, a thing or a place changed (0)."""
+    (a, b, c), label = rng.sample(PEOPLE, 3), rng.randrange(2)
+    (thing, other), (city, town), verb = rng.sample(THINGS, 2), rng.sample(CITIES, 2), rng.choice(list(VERBS))
+    first = f"{a} {verb} the {thing} of {b} in {city}."
+    if not label:
+        a, b, thing, city = rng.choice(
+            [(b, a, thing, city), (c, b, thing, city), (a, b, other, city), (a, b, thing, town)]
+        )
+    return (first, f"In {city}, the {thing} of {b} was {VERBS[verb]} by {a}."), label
+
+
+def similarity(rng: random.Random, labels: int) -> Pair:
+    """Two sentences and 5 x the share of their four parts that agree, with a little noise (0 to 5)."""
+    pools = [PEOPLE, list(VERBS), THINGS, CITIES]
+    first = [rng.choice(pool) for pool in pools]
+    kept = [rng.random() < p for p in [rng.random()] * 4]
+    second = [
+        w if k else rng.choice([o for o in pool if o != w]) for w, k, pool in zip(first, kept, pools, strict=True)
+    ]
+    second[1] = VERBS[second[1]] if rng.random() < 0.5 else second[1]
+    value = min(5.0, max(0.0, 1.25 * sum(kept) + rng.uniform(-0.3, 0.3)))
+    texts = tuple("{} {} a {} in {}.".format(*words) for words in (first, second))
+    return texts, round(value, 2)
+
+
+def arithmetic(rng: random.Random) -> tuple[str, str]:
+    """A word problem of one to three steps, and its solution that ends with `#### n`."""
+    person, thing = rng.choice(PEOPLE), rng.choice(THINGS)
+    total = rng.randint(2, 20)
+    question, steps = [f"{person} has {total} {thing}s."], []
+    for _ in range(rng.randint(1, 3)):
+        n, kind = rng.randint(2, 9), rng.randrange(3)
+        kind = 0 if kind == 1 and n >= total else kind
+        text = (f"{person} buys {n} more.", f"{person} gives {n} away.", f"Then the number grows {n} times as large.")[
+            kind
+        ]
+        result = (total + n, total - n, total * n)[kind]
+        question.append(text)
+        steps.append(f"{total} {'+-*'[kind]} {n} = {result}")
+        total = result
+    return " ".join([*question, f"How many {thing}s does {person} have now?"]), "\n".join([*steps, f"#### {total}"])
+
+
+def texture(rng: random.Random, labels: int, size: int, *, grey: bool) -> tuple[Any, int]:
+    """A noisy grating whose class is its direction and frequency; phase, contrast and colour say nothing."""
+    import numpy as np
+    from PIL import Image
+
+    label, directions = rng.randrange(labels), math.ceil(math.sqrt(labels))
+    angle, waves = math.pi * (label % directions) / directions, 1 + label // directions * 0.75
+    y, x = np.mgrid[0:size, 0:size] / size
+    phase = 2 * math.pi * (waves * (x * math.cos(angle) + y * math.sin(angle)) + rng.random())
+    noise = np.random.default_rng(rng.getrandbits(64))
+    plain = 0.5 + rng.uniform(0.15, 0.45) * np.sin(phase)
+    pixels = plain[..., None] * noise.uniform(0.6, 1.0, 3) + noise.normal(0, 0.12, (size, size, 3))
+    image = Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8))
+    return image.convert("L") if grey else image, label
+
+
+TEXTS: dict[str, Callable[[random.Random, int], Pair]] = {
+    f.__name__: f
+    for f in (entailment, reversed_entailment, answerable, yes_no, acceptability, sentiment, paraphrase, similarity)
+}
