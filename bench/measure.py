@@ -1,0 +1,160 @@
+"""What a run costs: seconds and peak bytes by phase, bytes by kind, FLOPs, energy.
+
+On a CUDA device the headline is the allocator's peak while training. On a CPU nothing counts allocations, so the bytes are
+counted by kind instead: exact, the same on every machine, and without what a kernel takes for itself.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from bench.clock import Phases, StepTimer, times
+from bench.environment import Energy, environment
+from bench.flops import flops
+from bench.storage import gradient_bytes, model_tensors, optimizer_bytes, storages, weight_bytes
+
+__all__ = [
+    "Energy",
+    "Phases",
+    "StepTimer",
+    "environment",
+    "flops",
+    "gradient_bytes",
+    "memory",
+    "optimizer_bytes",
+    "probe",
+    "saved_bytes",
+    "times",
+    "weight_bytes",
+]
+Batch = dict[str, Tensor]
+
+
+def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps for the backward of the loss returned by `run()`.
+
+    Distinct storages alive at the end of the forward, each counted once and whole; those of the model's parameters and
+    buffers are not counted. What a custom function keeps outside `save_for_backward` is not seen. Under gradient
+    checkpointing this is what is kept between forward and backward, not what the recomputation needs.
+    """
+    own = {s._cdata for t in model_tensors(model) for s in storages(t)}
+    kept: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        for s in storages(tensor):
+            if s._cdata not in own:
+                kept[s._cdata] = (StorageWeakRef(s), s.nbytes())
+        return tensor
+
+    with (
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        loss = run()
+    total = sum(size for reference, size in kept.values() if not reference.expired())
+    del loss
+    return total
+
+
+def probe(
+    model: nn.Module,
+    batch: Batch,
+    loss: Callable[[Batch], Tensor],
+    *,
+    backward: bool = True,
+) -> dict[str, int]:
+    """FLOPs and activations of one batch: `train_step` (one loss, and its backward), `forward` (evaluation), `activations`.
+
+    Leaves no trace: parameters, gradients, buffers, modes and random states are as before, and optimizer hooks on
+    gradients do not fire. `backward=False` is for methods that only ever call the loss: their step is a forward.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        with torch.set_grad_enabled(backward):
+            value = loss(batch)
+            if backward:
+                torch.autograd.grad(value, trained, allow_unused=True)
+
+    def forward() -> None:
+        with torch.no_grad():
+            loss(batch)
+
+    with untouched(model):
+        model.train()
+        activations = saved_bytes(model, lambda: loss(batch)) if backward else 0
+        train_step = flops(step)
+        model.eval()
+        return {
+            "train_step": train_step,
+            "forward": flops(forward),
+            "activations": activations,
+        }
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put back, on leaving: gradients, buffers, attributes and modes of the model's modules, and all random states."""
+    gradients = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    modules = [(m, dict(vars(m))) for m in model.modules()]
+    containers = [(v, v.copy()) for _, a in modules for v in a.values() if type(v) in (dict, list, set)]
+    buffers = [(t, t.detach().clone()) for t in _plain_tensors(model)]
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    for p in model.parameters():
+        p.grad = None
+    try:
+        yield
+    finally:
+        for m, attributes in modules:
+            vars(m).clear()
+            vars(m).update(attributes)
+        for container, before in containers:  # `_buffers`, counters, caches: in place, since modules may share them
+            container.clear()
+            container.extend(before) if isinstance(container, list) else container.update(before)
+        with torch.no_grad():
+            for t, value in buffers:
+                t.copy_(value)
+        for p, grad, requires_grad in gradients:
+            p.requires_grad_(requires_grad).grad = grad
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def _plain_tensors(model: nn.Module) -> list[Tensor]:
+    """Buffers, and tensors that modules hold as plain attributes."""
+    plain = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
+    return [*model.buffers(), *plain]
+
+
+def memory(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    phases: Phases,
+    *,
+    activations: int,
+    backward: bool = True,
+) -> dict[str, int | None]:
+    """The record's `memory` in bytes, to be called after training. `peak` is the headline (see the module's docstring)."""
+    kinds: dict[str, int | None] = {
+        "weights": weight_bytes(model),
+        "gradients": gradient_bytes(model) if backward else 0,
+        "optimizer": optimizer_bytes(optimizer),
+        "activations": activations,
+    }
+    peaks = {f"peak_{name}": phases.peaks.get(name) for name in ("train", "eval", "setup")}
+    counted = sum(v for v in kinds.values() if v is not None)
+    return {
+        **kinds,
+        **peaks,
+        "peak": peaks["peak_train"] if phases.device.type == "cuda" else counted,
+    }
