@@ -73,6 +73,8 @@ class HF(Method):
         config = self.build(peft, model)
         head = [p for p in model.parameters() if p.requires_grad]
         model = peft.inject_adapter_in_model(config, model)
+        for p in [p for p in model.parameters() if p.requires_grad]:
+            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
         for p in head:
             p.requires_grad_()
         for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:

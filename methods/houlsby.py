@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.architectures import role
-from methods.base import Adapted, Batch, Method, adapt_linears, placement, register
+from methods.base import Adapted, Batch, Method, adapt_linears, new_parameter, register
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
@@ -20,19 +20,21 @@ class Bottleneck(nn.Module):
 
     def __init__(self, like: nn.Module, size: int, width: int, activation: str):
         super().__init__()
-        self.down = nn.Linear(size, width, **placement(like))
-        self.up = nn.Linear(width, size, **placement(like))
+        self.down = new_parameter(like, width, size)
+        self.down_bias = new_parameter(like, width)
+        self.up = new_parameter(like, size, width)
+        self.up_bias = new_parameter(like, size)
         self.activation = ACTIVATIONS[activation]
 
     def start(self, std: float) -> Bottleneck:
         """Normal weights, truncated at two standard deviations, and zero biases; return itself."""
-        for layer in (self.down, self.up):
-            nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-            nn.init.zeros_(layer.bias)
+        for p in (self.down, self.up):
+            nn.init.trunc_normal_(p).data.mul_(std)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.activation(self.down(x.to(self.down.weight.dtype))))
+        inner = self.activation(F.linear(x.to(self.down.dtype), self.down, self.down_bias))
+        return F.linear(inner, self.up, self.up_bias)
 
 
 class SerialAdapter(Adapted):

@@ -52,7 +52,8 @@ class ScaledOutput(Adapted):
         return self.base.weight * self.full()[:, None]
 
     def bias(self) -> Tensor | None:
-        return None if self.base.bias is None else self.base.bias * self.full()
+        bias = self.base.bias
+        return None if bias is None else (bias * self.full()).to(bias.dtype)
 
 
 @register

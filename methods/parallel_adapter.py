@@ -21,9 +21,7 @@ class ScaledBottleneck(Bottleneck):
     def __init__(self, like: nn.Module, size: int, width: int, activation: str, scale: float):
         super().__init__(like, size, width, activation)
         self.scale = scale
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-        for p in (self.down.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(p)
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * super().forward(x)

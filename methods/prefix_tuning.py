@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,17 +10,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from methods.architectures import role
-from methods.base import Batch, Method, Unsupported, placement, register
+from methods.base import Batch, Method, Unsupported, new_parameter, register
 
 
 class Prefix(nn.Module):
     """The prefix of one layer, (2, heads, length, size) for keys and values, trained itself (section 7.4)."""
 
-    def __init__(self, values: Tensor):
+    def __init__(self, like: nn.Module, heads: int, length: int, size: int):
         super().__init__()
-        self.values = nn.Parameter(values)
+        self.values = new_parameter(like, 2, heads, length, size)
+        nn.init.normal_(self.values, std=0.02)
 
     def forward(self) -> Tensor:
         return self.values
@@ -30,11 +33,14 @@ class Trunk(nn.Module):
 
     def __init__(self, like: nn.Module, length: int, size: int, hidden: int):
         super().__init__()
-        self.tokens = nn.Parameter(torch.randn(length, size, **placement(like)))
-        self.first = nn.Linear(size, hidden, **placement(like))
+        self.tokens = new_parameter(like, length, size)
+        self.first = new_parameter(like, hidden, size)
+        self.first_bias = new_parameter(like, hidden)
+        nn.init.normal_(self.tokens)
+        nn.init.kaiming_uniform_(self.first, a=math.sqrt(5))
 
     def forward(self) -> Tensor:
-        return self.first(self.tokens).tanh()
+        return F.linear(self.tokens, self.first, self.first_bias).tanh()
 
 
 class Reparametrised(nn.Module):
@@ -43,11 +49,13 @@ class Reparametrised(nn.Module):
     def __init__(self, trunk: Trunk, like: nn.Module, heads: int, size: int):
         super().__init__()
         self.trunk = trunk
-        self.second = nn.Linear(trunk.first.out_features, 2 * heads * size, **placement(like))
+        self.second = new_parameter(like, 2 * heads * size, len(trunk.first))
+        self.second_bias = new_parameter(like, 2 * heads * size)
+        nn.init.kaiming_uniform_(self.second, a=math.sqrt(5))
         self.heads = heads
 
     def forward(self) -> Tensor:
-        flat = self.second(self.trunk())
+        flat = F.linear(self.trunk(), self.second, self.second_bias)
         return flat.view(len(flat), 2, self.heads, -1).permute(1, 2, 0, 3)
 
 
@@ -102,18 +110,18 @@ class PrefixTuning(Method):
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         trunk = Trunk(attentions[0], self.length, config.hidden_size, self.hidden) if self.hidden else None
         for attention in attentions:
-            if trunk:
-                attention.prefix = Reparametrised(trunk, attention, heads, size)
-            else:
-                shape = (2, heads, self.length, size)
-                attention.prefix = Prefix(0.02 * torch.randn(shape, **placement(attention)))
+            attention.prefix = (
+                Reparametrised(trunk, attention, heads, size) if trunk else Prefix(attention, heads, self.length, size)
+            )
         _attend_with_prefix(model)
         return model
 
     def finish(self, model: nn.Module) -> None:
         """Keep the prefix and drop the MLP that made it (section 4.3)."""
         for module in [m for m in model.modules() if isinstance(getattr(m, "prefix", None), Reparametrised)]:
-            module.prefix = Prefix(module.prefix().detach().contiguous())  # type: ignore[operator]
+            values = module.prefix().detach()  # type: ignore[operator]
+            module.prefix = Prefix(module, values.shape[1], values.shape[2], values.shape[3])
+            module.prefix.values.data.copy_(values)  # type: ignore[union-attr, operator]
 
 
 def _attentions(model: nn.Module) -> list[nn.Module]:
