@@ -1,8 +1,8 @@
 """From a folder of records to tables, fronts, plots and one HTML report. Statistics return tables; plots take them.
 
-    runs = analysis.load("results")
-    table = analysis.summarise(runs)
-    analysis.plots.pareto(table[table.task == "rte"])
+runs = analysis.load("results")
+table = analysis.summarise(runs)
+analysis.plots.pareto(table[table.task == "rte"])
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 EXAMPLES = """examples:
   python -m analysis table results
@@ -73,11 +74,12 @@ def _plot(args: argparse.Namespace) -> str:
     table = summarise(load(args.runs))
     for column in ("task", "model"):
         table = _choose(table, column, getattr(args, column))
-    plots.pareto(table, args.cost).figure.savefig(args.output, dpi=160)
+    figure: Any = plots.pareto(table, args.cost).figure
+    figure.savefig(args.output, dpi=160)
     return str(args.output)
 
 
-def _choose(table, column, wanted):  # type: ignore[no-untyped-def]
+def _choose(table: Any, column: str, wanted: str | None) -> Any:
     """The rows of one task or model; which one must be said where there are several."""
     names = sorted(table[column].unique())
     if wanted is None and len(names) > 1:

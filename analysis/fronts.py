@@ -57,10 +57,16 @@ def refuse_mixed(table: pd.DataFrame, cost: str) -> None:
     if differing:
         what = "; ".join(f"{name}: {', '.join(values[:4])}" for name, values in differing.items())
         usable = [c for c in differing if c in table]
-        hint = f"Select one of each, or draw one front per group with by={usable}." if usable else "Select one data version."
+        hint = (
+            f"Select one of each, or draw one front per group with by={usable}."
+            if usable
+            else "Select one data version."
+        )
         raise Mixed(f"one front cannot hold rows that differ in {what}. {hint}")
     if "software" in table and len(_values(table["software"])) > 1:
-        warnings.warn(f"rows of different software share a front: {' | '.join(_values(table['software']))}", stacklevel=3)
+        warnings.warn(
+            f"rows of different software share a front: {' | '.join(_values(table['software']))}", stacklevel=3
+        )
 
 
 def _values(column: pd.Series) -> list[str]:

@@ -90,19 +90,21 @@ function spread(row, key) {
   if (column.score) return mean.toFixed(3) + (half === null ? "" : ` ± ${half.toFixed(3)}`);
   return write(mean, column.unit) + (half === null ? "" : ` ± ${write(half, column.unit)}`);
 }
+const long = text => (String(text).length > 36 ? "long" : "");
+const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 let points = [];
 function chart(here) {
   const rows = here.filter(r => r.view === S.view && chosen(r)), cost = columns.get(S.cost), known = rows.filter(r => cost && r.values[S.cost][0] !== null && columns.has(S.score) && r.values[S.score][0] !== null);
   points = known.map(row => { const [x, , xlow, xhigh] = row.values[S.cost], [y, , low, high] = row.values[S.score]; return { x, y, xlow, xhigh, low, high, name: row.label, row }; });
   const standin = here.some(r => r.standin);
   byId("front-head").textContent = `Score against cost: ${S.task}, ${S.model}`;
-  byId("caption").textContent = `Filled: on the Pareto front of what is shown; hollow: beaten in both. Bars: 95 % t interval over seeds.` +
+  byId("caption").textContent = `Filled: on the Pareto front of what is shown; hollow: another is at least as good in both. Bars: 95 % t interval over seeds.` +
     (rows.length > known.length ? ` ${rows.length - known.length} of ${rows.length} rows have no score or no such cost and are not drawn.` : "");
   if (!points.length) return byId("plot").replaceChildren(el("p", { class: "notice" }, rows.length ? "No row here has both this score and this cost." : "No method is chosen."));
   const metric = S.score === "score" && rows[0].metric ? `Score: ${rows[0].metric}, test` : columns.get(S.score).title;
   plot(byId("plot"), points, { x: cost.unit ? `${cost.title} (${cost.unit})` : cost.title, y: metric, unit: cost.unit, standin }, hover);
 }
-const heads = () => ["task", "model", "label", "score", ...(S.score === "score" ? [] : [S.score]), "n", ...unique([...D.main, ...(columns.has(S.cost) ? [S.cost] : [])])].filter(k => !(k === "score") || columns.has(k));
+const heads = () => [...(S.table === ALL ? ["task", "model"] : []), "label", "score", ...(S.score === "score" ? [] : [S.score]), "n", ...unique([...D.main, ...(columns.has(S.cost) ? [S.cost] : [])])].filter(k => !(k === "score") || columns.has(k));
 const value = (row, key) => (columns.has(key) ? row.values[key][0] : row[key]);
 function visible() {
   const rows = D.rows.filter(r => (S.table === ALL || (r.task === S.task && r.model === S.model)) && chosen(r) && found(r)), sign = S.up ? 1 : -1;
@@ -121,14 +123,14 @@ function table() {
   });
   const body = rows.map(row => {
     const point = points.find(p => p.row === row);
-    const cell = k => el("td", { class: number(k) || "text" }, columns.has(k) ? spread(row, k) : k === "n" ? row.n + (row.missing ? ` of ${row.n + row.missing}` : "") : row[k],
-      ...(k === "task" && row.standin ? [el("span", { class: "tag" }, "generated, no result")] : []));
+    const cell = k => el("td", { class: number(k) || long(row[k]) }, columns.has(k) ? spread(row, k) : k === "n" ? row.n + (row.missing ? ` of ${row.n + row.missing}` : "") : row[k],
+      ...(k === "label" && row.standin ? [el("span", { class: "tag" }, "stand-in data")] : []));
     const line = el("tr", { class: point && point.front ? "front" : "" }, ...keys.map(cell));
     if (point) point.line = line;
     return line;
   });
   byId("results").replaceChildren(el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...body));
-  byId("shown").textContent = `${rows.length} of ${D.rows.length} rows`;
+  byId("shown").textContent = `${rows.length} of ${D.rows.length} rows${S.table === ALL ? "" : `: ${S.task}, ${S.model}`}`;
 }
 function csv() {
   const keys = D.columns.map(c => c.key), ends = ["", "_sd", "_low", "_high"], facts = ["task", "model", "method", "label", "standin", "n", "missing", "metric", "protocol", "device", "memory_kind", "software"];
@@ -140,7 +142,7 @@ function csv() {
 function plainTable(section, heads, rows) {
   byId(section).hidden = !rows.length;
   byId(section).querySelector("table").replaceChildren(el("thead", {}, el("tr", {}, ...heads.map(h => el("th", {}, h)))),
-    el("tbody", {}, ...rows.map(r => el("tr", {}, ...r.map(c => el("td", { class: "text" }, c))))));
+    el("tbody", {}, ...rows.map(r => el("tr", {}, ...r.map(c => el("td", { class: long(c) }, c))))));
 }
 function theme() {
   const dark = S.theme === "dark" || (S.theme === "auto" && matchMedia("(prefers-color-scheme: dark)").matches);
@@ -154,8 +156,8 @@ function render() {
 function start() {
   const total = Object.values(D.counts).reduce((a, b) => a + b, 0), statuses = Object.entries(D.counts).filter(([, n]) => n).map(([s, n]) => `${n} ${s}`);
   byId("title").textContent = document.title = D.title;
-  byId("summary").textContent = `${total} runs (${statuses.join(", ")}): ${unique(D.rows.map(r => r.method)).length} methods, ` +
-    `${unique(D.rows.map(r => r.task)).length} tasks, ${unique(D.rows.map(r => r.model)).length} models. Made ${D.made}.`;
+  byId("summary").textContent = `${plural(total, "run")} (${statuses.join(", ")}): ${plural(unique(D.rows.map(r => r.method)).length, "method")}, ` +
+    `${plural(unique(D.rows.map(r => r.task)).length, "task")}, ${plural(unique(D.rows.map(r => r.model)).length, "model")}. Made ${D.made}.`;
   const fake = unique(D.rows.filter(r => r.standin).map(r => r.task));
   byId("notice").hidden = !fake.length;
   byId("notice").textContent = `Generated stand-in data, no result about any method: ${fake.join(", ")}`;

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 Box = tuple[float, float, float, float]  # left, bottom, right, top
-_SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
-_GAPS = (6, 14, 26, 42, 62)
+_SIDES = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
+LEADER = 20  # pixels: beyond, a line ties the label to its point
+_GAPS = (5, 10, 18, 30, 46, 66)
 
 
 def place(
@@ -17,14 +18,15 @@ def place(
     """The box of each label, or None where there is no room.
 
     `points` (n, 2) and `sizes` (n, 2: width, height) are in pixels. Earlier points choose first: give the important ones
-    first. A label prefers to be near, then right, left, above, below of its point. `blocked` boxes are avoided too.
+    first. A label prefers to be near, and diagonal to its point, where neither bars nor the front run. `blocked` boxes are avoided too.
     """
     dots: list[Box] = [(x - radius, y - radius, x + radius, y + radius) for x, y in points]
     taken: list[Box] = list(blocked)
     boxes: list[Box | None] = []
     for (x, y), (width, height) in zip(points, sizes, strict=True):
-        candidates = (_box(x, y, width, height, side, gap) for gap in _GAPS for side in _SIDES)
-        box = next((c for c in candidates if _inside(c, bounds) and not overlaps(c, [*dots, *taken])), None)
+        candidates = ((gap, _box(x, y, width, height, side, gap)) for gap in _GAPS for side in _SIDES)
+        free = (c for c in candidates if _inside(c[1], bounds) and not overlaps(c[1], [*dots, *taken]))
+        box = next((c for gap, c in free if gap > LEADER or _belongs(c, np.array((x, y)), points)), None)
         boxes.append(box)
         if box is not None:
             taken.append(box)
@@ -34,7 +36,18 @@ def place(
 def overlaps(box: Box, others: Sequence[Box]) -> bool:
     """Whether the box shares area with any of the others."""
     left, bottom, right, top = box
-    return any(left < r and l < right and bottom < t and b < top for l, b, r, t in others)  # noqa: E741
+    return any(left < r and l < right and bottom < t and b < top for l, b, r, t in others)
+
+
+def distance(box: Box, points: np.ndarray) -> np.ndarray:
+    """(n,) distances from a box to (n, 2) points, 0 inside."""
+    low, high = np.array(box[:2]), np.array(box[2:])
+    return np.linalg.norm(np.maximum(0, np.maximum(low - points, points - high)), axis=-1)
+
+
+def _belongs(box: Box, point: np.ndarray, points: np.ndarray) -> bool:
+    """Whether no other point is nearer to the box than its own."""
+    return bool(distance(box, point[None])[0] <= distance(box, points).min() + 1e-9)
 
 
 def _box(x: float, y: float, width: float, height: float, side: tuple[int, int], gap: float) -> Box:

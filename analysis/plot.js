@@ -30,23 +30,23 @@ function onFront(points) {
   return points.map(a => !points.some(b => b.x <= a.x && b.y >= a.y && (b.x < a.x || b.y > a.y)));
 }
 
-function niceTicks(low, high, count) {
+function niceTicks(low, high, count, unit) {
   const rough = (high - low) / count, size = 10 ** Math.floor(Math.log10(rough));
-  const step = size * [1, 2, 5, 10].find(m => size * m >= rough);
+  const step = unit === "bytes" ? 2 ** Math.ceil(Math.log2(rough)) : size * [1, 2, 5, 10].find(m => size * m >= rough);
   const ticks = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high * (1 + 1e-12) + 1e-12; i += 1) ticks.push(Number((i * step).toPrecision(12)));
   return ticks;
 }
 
 // x scale: logarithmic beyond a decade, with a place of its own for 0 at the left.
-function costScale(values, left, right) {
+function costScale(values, left, right, unit) {
   const positive = values.filter(v => v > 0), low = Math.min(...positive), high = Math.max(...positive);
   const log = positive.length > 0 && high > 10 * low, zero = log && values.some(v => v <= 0);
   if (!log) {
     const pad = (Math.max(...values) - Math.min(...values)) * 0.08 || Math.abs(values[0]) * 0.1 || 1;
     const from = Math.min(...values) < pad ? 0 - (Math.min(...values) === 0 ? pad : 0) : Math.min(...values) - pad, to = Math.max(...values) + pad;
     const at = v => left + (v - from) / (to - from) * (right - left);
-    return { at, log, zero, ticks: niceTicks(from, to, (right - left) / 95).filter(t => t >= 0) };
+    return { at, log, zero, ticks: niceTicks(from, to, (right - left) / 95, unit).filter(t => t >= 0) };
   }
   const start = zero ? left + 60 : left, from = Math.log10(low) - 0.25, to = Math.log10(high) + 0.3;
   const at = v => (v <= 0 ? left + 26 : start + (Math.log10(v) - from) / (to - from) * (right - start));
@@ -57,15 +57,17 @@ function costScale(values, left, right) {
 }
 
 const overlap = (a, b) => a.l < b.r && b.l < a.r && a.t < b.b && b.t < a.b;
-// The same rule as analysis.placement: near first, then right, left, above, below; no name where there is no room.
+// The same rule as analysis.placement: near first and beside the bars and the stair; no name where there is no room.
 function placeNames(points, box) {
-  const taken = points.map(p => ({ l: p.px - 6, r: p.px + 6, t: p.py - 6, b: p.py + 6 }));
-  const sides = [[1, 0], [-1, 0], [0, -1], [0, 1], [1, -1], [-1, -1], [1, 1], [-1, 1]];
+  const taken = points.map(p => ({ l: p.px - 5, r: p.px + 5, t: p.py - 5, b: p.py + 5 }));
+  const sides = [[1, -1], [1, 1], [-1, -1], [-1, 1], [0, -1], [0, 1], [1, 0], [-1, 0]];
   for (const p of [...points].sort((a, b) => b.front - a.front)) {
-    search: for (const gap of [8, 16, 28, 44, 64]) for (const [h, v] of sides) {
+    const distance = (s, q) => Math.hypot(Math.max(0, s.l - q.px, q.px - s.r), Math.max(0, s.t - q.py, q.py - s.b));
+    search: for (const gap of [4, 9, 16, 28, 44, 64]) for (const [h, v] of sides) {
       const x = p.px + h * (p.width / 2 + gap), y = p.py + v * (7 + gap);
       const spot = { l: x - p.width / 2 - 2, r: x + p.width / 2 + 2, t: y - 8, b: y + 8, x, y, far: gap > 20 };
       if (spot.l < box.l || spot.r > box.r || spot.t < box.t || spot.b > box.b || taken.some(t => overlap(spot, t))) continue;
+      if (!spot.far && points.some(q => distance(spot, q) < distance(spot, p) - 1e-6)) continue; // would name another point
       taken.push(spot); p.spot = spot; break search;
     }
   }
@@ -89,7 +91,7 @@ function plot(place, points, titles, hover) {
   const ends = points.flatMap(p => [p.low ?? p.y, p.high ?? p.y, p.y]), pad = (Math.max(...ends) - Math.min(...ends)) * 0.07 || 0.01;
   const bottom = Math.min(...ends) - pad, top = Math.max(...ends) + pad;
   const y = { at: v => box.b - (v - bottom) / (top - bottom) * (box.b - box.t), ticks: niceTicks(bottom, top, 6) };
-  const x = costScale(points.map(p => p.x), box.l, box.r);
+  const x = costScale(points.map(p => p.x), box.l, box.r, titles.unit);
   axes(svg, x, y, box, titles);
   if (titles.standin) svg.append(draw("text", { class: "watermark", x: (box.l + box.r) / 2, y: (box.t + box.b) / 2, "text-anchor": "middle",
     "font-size": width / 14 }, "STAND-IN DATA"));

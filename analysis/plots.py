@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.columns import COSTS, METRICS, axis_title, write
 from analysis.fronts import pareto as flag_front
-from analysis.placement import place
+from analysis.placement import LEADER, distance, place
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ def pareto(table: pd.DataFrame, cost: str = "trained_params", ax: Axes | None = 
 
 
 def _scale(ax: Axes, costs: np.ndarray, cost: str) -> None:
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     positive = costs[costs > 0]
     if len(positive) and positive.max() > 10 * positive.min():
@@ -48,8 +48,16 @@ def _scale(ax: Axes, costs: np.ndarray, cost: str) -> None:
         else:
             ax.set_xscale("log")
     unit = COSTS[cost].unit if cost in COSTS else ""
+    if unit == "bytes" and ax.get_xscale() == "linear":
+        ax.xaxis.set_major_locator(MultipleLocator(_binary_step(costs)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value, unit)))
     ax.margins(0.09, 0.12)
+
+
+def _binary_step(costs: np.ndarray) -> float:
+    """A power of two that cuts the range of the costs into 3 to 6 parts."""
+    span = costs.max() - costs.min() or abs(costs.max()) or 1.0
+    return float(2.0 ** np.ceil(np.log2(span / 6)))
 
 
 def _marks(ax: Axes, known: pd.DataFrame, cost: str, score: str) -> None:
@@ -81,17 +89,23 @@ def _write_titles(ax: Axes, table: pd.DataFrame, cost: str, score: str) -> None:
     standin = "data_standin" in table and bool(table["data_standin"].iloc[0])
     ax.set_title(" · ".join(names) + (": generated stand-in data, no result" if standin else ""), fontsize=11)
     if standin:
-        middle: dict[str, Any] = dict(ha="center", va="center", rotation=25, transform=ax.transAxes, zorder=0)
+        middle: dict[str, Any] = {
+            "ha": "center",
+            "va": "center",
+            "rotation": 25,
+            "transform": ax.transAxes,
+            "zorder": 0,
+        }
         ax.text(0.5, 0.5, "STAND-IN DATA", fontsize=34, color="0.5", alpha=0.25, **middle)
     if absent := int(table["front"].isna().sum()):
-        note: dict[str, Any] = dict(xycoords="axes fraction", fontsize=7, color="0.35", va="bottom")
+        note: dict[str, Any] = {"xycoords": "axes fraction", "fontsize": 7, "color": "0.35", "va": "bottom"}
         ax.annotate(f"{absent} row(s) without cost or score are not drawn", (0.01, 0.01), **note)
 
 
 def _label(ax: Axes, known: pd.DataFrame, cost: str, score: str) -> None:
     """Name the marks; front first, so that where there is no room, only dominated marks stay without a name."""
     rows = known.sort_values("front", ascending=False, kind="stable")
-    names = rows["label"] if "label" in rows else rows["method"] if "method" in rows else rows.index
+    names = rows["label"] if "label" in rows else rows.get("method", rows.index)
     figure = ax.figure
     figure.canvas.draw()
     renderer: Any = figure.canvas.get_renderer()  # type: ignore[attr-defined]
@@ -111,9 +125,13 @@ def _label(ax: Axes, known: pd.DataFrame, cost: str, score: str) -> None:
 
 def _annotate(ax: Axes, name: str, point: np.ndarray, box: tuple[float, float, float, float]) -> None:
     """Write a name into its box, tied to the mark in data coordinates so that it moves with it."""
+    from matplotlib.patheffects import withStroke
+
     points_per_pixel = 72 / ax.figure.dpi
     offset = ((box[0] - point[0]) * points_per_pixel, (box[1] - point[1]) * points_per_pixel)
-    far = np.hypot((box[0] + box[2]) / 2 - point[0], (box[1] + box[3]) / 2 - point[1]) > (box[2] - box[0]) / 2 + 20
+    far = distance(box, point[None])[0] > LEADER
     arrow: Any = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6} if far else None
-    data = ax.transData.inverted().transform(point)
-    ax.annotate(name, data, offset, textcoords="offset points", fontsize=8, arrowprops=arrow, annotation_clip=False)
+    data: Any = ax.transData.inverted().transform(point)
+    halo = withStroke(linewidth=2.5, foreground="white")
+    style: Any = {"fontsize": 8, "ha": "left", "va": "bottom", "path_effects": [halo]}
+    ax.annotate(name, data, offset, textcoords="offset points", arrowprops=arrow, annotation_clip=False, **style)

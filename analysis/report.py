@@ -90,14 +90,25 @@ def _column(name: str) -> dict[str, Any]:
     return {"key": name, "title": title, "unit": column.unit, "score": is_score(name)}
 
 
-def _row(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
-    facts = ("task", "model", "method", "label", "metric", "protocol", "device", "memory_kind", "software", "experiment")
+def _row(row: dict[Any, Any], columns: list[str]) -> dict[str, Any]:
+    facts = (
+        "task",
+        "model",
+        "method",
+        "label",
+        "metric",
+        "protocol",
+        "device",
+        "memory_kind",
+        "software",
+        "experiment",
+    )
     values = {c: [_number(row[f"{c}{end}"]) for end in ("", "_sd", "_low", "_high")] for c in columns}
     counts = {"n": int(row["n"]), "missing": int(row["missing"]), "view": int(row["view"])}
     return {f: _cell(row.get(f)) for f in facts} | counts | {"standin": bool(row["data_standin"]), "values": values}
 
 
-def _absent(run: dict[str, Any]) -> dict[str, str]:
+def _absent(run: dict[Any, Any]) -> dict[str, str]:
     return {key: _cell(run.get(key)) for key in ("task", "model", "method", "seed", "status", "reason")}
 
 

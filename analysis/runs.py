@@ -16,7 +16,18 @@ from bench.record import STATUSES, Record
 
 NESTED = ("data", "metrics", "memory", "time", "flops", "energy", "environment", "config")
 _NUMBERS = ("metrics", "memory", "time", "flops", "energy")
-_NOT_SETTINGS = ("seed", "results", "force", "wandb", "wandb_project", "device", "data", "name", "threads", "save_state")
+_NOT_SETTINGS = (
+    "seed",
+    "results",
+    "force",
+    "wandb",
+    "wandb_project",
+    "device",
+    "data",
+    "name",
+    "threads",
+    "save_state",
+)
 _FIELDS = {f.name: str(f.type) for f in dataclasses.fields(Record)}
 _SCALARS = [name for name in _FIELDS if name not in (*NESTED, "history", "warnings")]
 

@@ -27,8 +27,11 @@ def summarise(runs: pd.DataFrame, by: Sequence[str] = BY) -> pd.DataFrame:
     """
     absent = [name for name in by if name not in runs]
     if absent:
-        raise ValueError(f"by={list(by)}: no column {absent}; the table has {', '.join(map(str, runs.columns[:12]))}, ...")
+        raise ValueError(
+            f"by={list(by)}: no column {absent}; the table has {', '.join(map(str, runs.columns[:12]))}, ..."
+        )
     runs = runs.assign(**{name: None for name in (*FENCE, "seed", "data_fingerprint") if name not in runs})
+    runs = _fill(runs, [*by, "settings"])
     keys = list(dict.fromkeys([*by, *FENCE]))
     values = [c for c in runs.columns if c in COSTS or c == "score" or c.startswith(METRICS)]
     measured = runs[[*keys, "seed", *values]].astype(dict.fromkeys(values, float))
@@ -40,6 +43,13 @@ def summarise(runs: pd.DataFrame, by: Sequence[str] = BY) -> pd.DataFrame:
     table = table.reset_index()
     table.insert(len(by), "label", labels(runs, table, by))
     return table.sort_values(list(by), kind="stable", ignore_index=True)
+
+
+def _fill(runs: pd.DataFrame, same: list[str]) -> pd.DataFrame:
+    """A run that failed before it knew its data or device belongs to the runs of its own settings."""
+    names = [name for name in FENCE if name not in same]
+    known = runs.groupby(same, dropna=False)[names].transform("first")
+    return runs.assign(**{name: runs[name].where(runs[name].notna(), known[name]) for name in names})
 
 
 def _moments(groups: Any, values: list[str]) -> pd.DataFrame:
@@ -62,7 +72,7 @@ def _facts(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Per group: the metric's name and the test rows of each seed, ((seed, fingerprint), ...)."""
     groups = runs.groupby(keys, dropna=False, sort=False)
     facts: dict[str, Any] = {}
-    pairs = groups[["seed", "data_fingerprint"]].apply(lambda g: tuple(sorted(set(_pairs(g)), key=str)))
+    pairs: Any = groups[["seed", "data_fingerprint"]].apply(_pairs)  # type: ignore[call-overload]
     facts["data_fingerprints"] = pairs
     for name in ("metric", "experiment"):
         if name in runs and name not in keys:
@@ -70,9 +80,10 @@ def _facts(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     return pd.DataFrame(facts)
 
 
-def _pairs(group: pd.DataFrame) -> list[tuple[Any, str]]:
+def _pairs(group: pd.DataFrame) -> tuple[tuple[Any, str], ...]:
     known = group[group["data_fingerprint"].notna()]
-    return list(zip(known["seed"].tolist(), known["data_fingerprint"].tolist(), strict=True))
+    pairs = set(zip(known["seed"].tolist(), known["data_fingerprint"].tolist(), strict=True))
+    return tuple(sorted(pairs, key=str))
 
 
 def labels(runs: pd.DataFrame, table: pd.DataFrame, by: Sequence[str]) -> pd.Series:

@@ -12,11 +12,10 @@ HEADS = {"trained_params": "trained", "memory_peak": "memory", "time_step": "ste
 
 def results(table: pd.DataFrame) -> str:
     """The summarised table as aligned text; * marks the front of score against trained parameters in each task."""
-    starred = _stars(table)
     lines = [["task", "model", "method", "score (mean ± sd)", "n", *(HEADS[c] for c in MAIN_COSTS), "notes"]]
-    for index, row in table.iterrows():
+    for (_, row), starred in zip(table.iterrows(), _stars(table), strict=True):
         costs = [write(row[c], COSTS[c].unit) for c in MAIN_COSTS]
-        name = f"{row['label']}{' *' if starred[index] else ''}"
+        name = f"{row['label']}{' *' if starred else ''}"
         notes = f"{row['missing']} without score" if row["missing"] else ""
         lines.append([str(row["task"]), str(row["model"]), name, score(row), str(row["n"]), *costs, notes])
     footer = ["", "* on the Pareto front of score against trained parameters, within task and model; sd over n seeds"]
