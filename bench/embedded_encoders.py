@@ -8,8 +8,6 @@ from typing import Any
 from bench.embedded_onnx import state_dict
 from bench.registry import Package, extract, read
 
-UNCASED = dict(vocab_size=30522)
-
 
 def minilm(raw: Path, package: Package) -> tuple[Any, Any]:
     """all-MiniLM-L6-v2, from safetensors."""
@@ -64,7 +62,7 @@ def distilbert(raw: Path, package: Package) -> tuple[Any, Any]:
 def _bert(onnx: bytes, shape: dict[str, int], *, prefix: str = "", pooler: bool = False) -> Any:
     from transformers import BertConfig, BertModel
 
-    model = BertModel(BertConfig(**UNCASED, **shape), add_pooling_layer=pooler)
+    model = BertModel(BertConfig(vocab_size=30522, **shape), add_pooling_layer=pooler)
     model.load_state_dict(_without_heads(state_dict(onnx), prefix))
     return model.eval()
 

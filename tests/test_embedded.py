@@ -26,13 +26,13 @@ CONTINUED = {"smollm2_135m": "Paris", "stories15m": "little girl", "gemma3_270m"
 PARAMETERS = {
     "minilm": 22_713_216,
     "gte_small": 33_212_160,
-    "paraphrase_l3": 17_241_216,
+    "paraphrase_l3": 17_241_984,
     "bert_tiny": 4_385_920,
     "distilbert": 65_190_912,
     "smollm2_135m": 134_515_008,
     "stories15m": 15_191_712,
     "gemma3_270m": 268_098_176,
-    "sam2_hiera_tiny": 26_848_704,
+    "sam2_hiera_tiny": 26_849_472,
 }
 
 
