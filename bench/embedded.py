@@ -142,7 +142,7 @@ def _build(name: str, scratch: Path) -> None:
     processor.save_pretrained(folder)
     with (folder / "model.safetensors").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    built = dict(parameters=sum(p.numel() for p in model.parameters()), weights_sha256=digest)
+    built = {"parameters": sum(p.numel() for p in model.parameters()), "weights_sha256": digest}
     (folder / "source.json").write_text(json.dumps(_source(name) | built, indent=2) + "\n")
 
 
@@ -150,14 +150,14 @@ def _source(name: str) -> dict[str, Any]:
     """What is known of a model before it is built."""
     source = CATALOGUE[name]
     packages = [dataclasses.asdict(p) for p in source.packages]
-    return dict(
-        name=name,
-        about=source.about,
-        licence=source.licence,
-        exact=source.exact,
-        packages=packages,
-        recipe=RECIPE,
-    )
+    return {
+        "name": name,
+        "about": source.about,
+        "licence": source.licence,
+        "exact": source.exact,
+        "packages": packages,
+        "recipe": RECIPE,
+    }
 
 
 def _current(name: str, folder: Path) -> bool:

@@ -45,14 +45,14 @@ def _gguf(path: Path, pad: str) -> tuple[Any, Any]:
     import gguf  # noqa: F401 (transformers needs it below, and says so less clearly)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = dict(gguf_file=path.name)
+    where = {"gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
     tokenizer.pad_token = pad
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, **where, dtype=torch.float32)
     options = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         options.pop(key, None)
-    options |= dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    options |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = type(loaded)(type(loaded.config).from_dict(options))
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
@@ -142,7 +142,7 @@ def _llama2c_tokenizer(data: bytes, size: int, positions: int) -> Any:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     core.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
-    special = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     names = ["input_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
         tokenizer_object=core, model_max_length=positions, model_input_names=names, **special

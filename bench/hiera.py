@@ -27,7 +27,7 @@ class HieraForImageClassification(PreTrainedModel):
     def __init__(self, config: Sam2HieraDetConfig):
         super().__init__(config)
         self.trunk = Sam2HieraDetModel(config)
-        self.classifier = nn.Linear(config.embed_dim_per_stage[-1], config.num_labels)
+        self.classifier = nn.Linear(config.embed_dim_per_stage[-1], config.num_labels)  # type: ignore
         self.post_init()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ImageClassifierOutput:

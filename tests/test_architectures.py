@@ -11,14 +11,19 @@ from bench.model import random_model
 from methods.architectures import ARCHITECTURES, GROUPS, role
 from methods.base import Unsupported
 
-TEXT = dict(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=384, pad_token_id=0
-)
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 384,
+    "pad_token_id": 0,
+}
 HEADS = {"classifier", "lm_head", "pooler", "pre_classifier"}
 
 
 def hiera(num_labels: int = 3) -> nn.Module:
-    """Four stages of one block, 16 to 128 wide."""
+    """Four stages of 1-1-2-1 blocks, 16 to 128 wide."""
     from transformers.models.sam2.configuration_sam2 import Sam2HieraDetConfig
 
     widths = [16, 32, 64, 128]
@@ -26,8 +31,8 @@ def hiera(num_labels: int = 3) -> nn.Module:
         hidden_size=16,
         embed_dim_per_stage=widths,
         num_attention_heads_per_stage=[1, 2, 4, 8],
-        blocks_per_stage=[1, 1, 1, 1],
-        global_attention_blocks=[2],
+        blocks_per_stage=[1, 1, 2, 1],
+        global_attention_blocks=[3],
         num_labels=num_labels,
     )
     return HieraForImageClassification(config).eval()
@@ -42,7 +47,7 @@ def further(kind: str) -> nn.Module:
     if kind == "deit":
         image = {k: v for k, v in TEXT.items() if k not in ("vocab_size", "pad_token_id")}
         config = transformers.DeiTConfig(**image, image_size=16, patch_size=8)
-        return transformers.AutoModelForImageClassification.from_config(config)
+        return transformers.DeiTForImageClassification(config)
     config = transformers.AutoConfig.for_model(kind, **TEXT, num_key_value_heads=2, head_dim=8)
     return transformers.AutoModelForCausalLM.from_config(config)
 
@@ -63,7 +68,7 @@ FURTHER = {
     "deit": (2, 2, 2, 2, 2, 2, 2, 12),
     "qwen3": (2, 2, 2, 2, 2, 4, 2, 14),
     "gemma3_text": (2, 2, 2, 2, 2, 4, 2, 14),
-    "hiera": (4, 4, 4, 4, 4, 4, 4, 16),  # query, key and value are one layer
+    "hiera": (5, 5, 5, 5, 5, 5, 5, 20),  # query, key and value are one layer
 }
 ROLES = ("layers", "query", "key", "value", "attention_output", "mlp_input", "mlp_output", "all_linear")
 
@@ -88,8 +93,8 @@ def test_all_linear_leaves_nothing_but_heads(kind):
     model = random_model(kind) if kind in COUNTS else further(kind)
     linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     left = {n for n in linear - set(matches(model, "all_linear")) if not set(n.split(".")) & HEADS}
-    shortcuts = {n for n in linear if re.search(r"blocks\.\d+\.proj$", n)}  # where Hiera widens
-    assert left == shortcuts
+    # where Hiera widens, and DeBERTa's projections of relative positions
+    assert all(re.search(r"blocks\.\d+\.proj$|pos_(key|query)_proj$", n) for n in left)
 
 
 def test_every_architecture_has_every_role():
@@ -108,7 +113,7 @@ def test_hiera_is_an_image_classifier_like_any_other(tmp_path):
     model.trunk.save_pretrained(tmp_path)
     loaded, info = HieraForImageClassification.from_pretrained(tmp_path, num_labels=3, output_loading_info=True)
     assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
-    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 2])
+    images, labels = torch.randn(2, 3, 128, 128), torch.tensor([0, 2])
     output = loaded(pixel_values=images, labels=labels)
     assert output.logits.shape == (2, 3)
     assert torch.allclose(output.loss, nn.functional.cross_entropy(output.logits, labels))
