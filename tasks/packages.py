@@ -9,9 +9,11 @@ from tasks.package_text import TEXT
 
 SOURCES: dict[str, Source] = TEXT | CHOICE | IMAGES
 
+GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")  # only stsb lies in a package
+
 GROUPS: dict[str, tuple[str, ...]] = {
     "demo": ("stsb", "rotten_tomatoes", "digits", "gsm8k"),
-    "glue": ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"),
+    "glue": GLUE,
     "commonsense": ("boolq", *CHOICE),
 }
 
