@@ -26,7 +26,7 @@ def save(path: Path, loop: Loop, extra: dict[str, Any]) -> None:
         {
             "model": trained_state(loop.model),
             "optimizer": loop.optimizer.state_dict(),
-            "schedule": {k: v for k, v in loop.schedule.state_dict().items() if k != "lr_lambdas"},
+            "schedule": loop.schedule.state_dict() | {"lr_lambdas": [None] * len(loop.schedule.lr_lambdas)},
             "progress": {f.name: getattr(loop.progress, f.name) for f in dataclasses.fields(Progress)},
             "random": random_state(),
             "extra": extra,

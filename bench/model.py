@@ -38,6 +38,10 @@ def build(cfg: ModelConfig, task: Task) -> Built:
     The head is drawn from torch's global generator: seed before the call. Paths: a hub id or folder;
     `embedded:NAME` (weights from the package registry); `packaged:NAME` (ours); `random:KIND` (tests only).
     """
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # what is new in the head is in the record, not on the screen
+    transformers.utils.logging.disable_progress_bar()
     kind, _, name = cfg.path.partition(":")
     if kind == "random":
         model, processor = _random(name, task)

@@ -45,7 +45,7 @@ def run(config: Config) -> Record:
     record = _new_record(config)
     results = Path(config.results)
     try:
-        rows = config.task.load(config.data)
+        rows = config.task.load(config.data, config.seed)
         record.data, record.id = rows.source, identity(record.config, rows.source)
         record.task += " (stand-in)" if rows.source["standin"] else ""
         if (done := _done(record, config)) is not None:
@@ -75,14 +75,14 @@ def _statuses(record: Record, body: Any) -> None:
     except Exception as error:
         record.reason, record.traceback = _sentence(error), traceback.format_exc()
         out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        record.status = "oom" if out_of_memory else "diverged" if isinstance(error, Diverged) else "failed"
+        record.status = "oom" if out_of_memory else "diverged" if isinstance(error, (Diverged, FloatingPointError)) else "failed"
     if record.status == "oom":  # free what the failed run holds before the next one starts
         torch.cuda.empty_cache() if torch.cuda.is_available() else None
 
 
 def _run(record: Record, config: Config, rows: Rows, tracker: Any, stop: Stop) -> None:
     device = find_device(config)
-    record.environment = measure.environment()
+    record.environment = measure.environment(device)
     phases, timer, energy = measure.Phases(device), measure.StepTimer(device), measure.Energy(device)
     with phases("setup"):
         ready = prepare(config, rows, device)
@@ -96,12 +96,13 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Any, stop: Stop) -
     seed_everything(config.seed)
     if path.exists():
         extra = checkpoint.load(path, loop)
-        phases.load_state(extra["phases"]), timer.load_state(extra["timer"])
+        for part, state in zip((phases, timer, energy), extra["costs"], strict=True):
+            part.load_state(state)
         record.history = extra["history"]
         log.info("%s: going on from step %d of %d", record.id, loop.progress.step, loop.steps)
 
     def save() -> None:
-        extra = {"phases": phases.state(), "timer": timer.state(), "history": record.history}
+        extra = {"costs": [part.state() for part in (phases, timer, energy)], "history": record.history}
         checkpoint.save(path, loop, extra)
 
     def note(step: int, values: dict[str, float | None]) -> None:
