@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tasks import classification, generation, image  # noqa: F401
+from tasks import classification as classification  # these fill Hydra's store with the schemas
+from tasks import generation as generation
+from tasks import image as image
 from tasks.base import Rows, Task
 from tasks.data import DataConfig, MissingData
 

@@ -44,10 +44,10 @@ class Task:
     path: str = MISSING  # hub id of the data set
     name: str | None = None  # its configuration
     revision: str | None = None  # commit of the hub's repository; null: its main branch
-    splits: dict[str, str] = field(default_factory=lambda: dict(train="train", val="validation", test="test"))
-    protocol: str = "official"  # see `tasks/splits.py`: official, leakfree, devset, heldout, vtab1k
-    holdout: int = 1000  # rows of val under `heldout`
-    limit: dict[str, int] | None = None  # at most so many rows per split: a subset that no seed changes
+    splits: dict[str, str] = field(default_factory=lambda: {"train": "train", "val": "validation", "test": "test"})
+    protocol: str = "official"  # see `tasks/splits.py`: official, leakfree, devset, heldout, threeway, vtab1k
+    holdout: int = 1000  # rows of val under `heldout`, of val and of test under `threeway`
+    limit: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(cutting.SPLITS))  # rows, at most
     shots: int | None = None  # few-shot: so many training rows per class, drawn by the seed of the run
     metric: str = MISSING  # the headline: a key of `score`; higher is better
     standin: str = MISSING  # generator of `tasks/standin.py` for machines that cannot have the real rows
@@ -63,7 +63,7 @@ class Task:
         """Raises ValueError for a protocol, split or metric that does not exist."""
         choose("task.protocol", self.protocol, cutting.PROTOCOLS)
         choose("task.metric", self.metric, self.metrics)
-        for given in (self.splits, self.limit or {}):
+        for given in (self.splits, self.limit):
             for split in given:
                 choose("task.splits and task.limit", split, cutting.SPLITS)
 
@@ -115,7 +115,7 @@ class Task:
         for split, indices in chosen.items():
             name = self.splits[split]
             ids = [offsets[name] + i for i in indices]
-            keep = cutting.subset(ids, (self.limit or {}).get(split))
+            keep = cutting.subset(ids, self.limit.get(split))
             splits[split] = self._select(found.splits[name], [indices[k] for k in keep], [ids[k] for k in keep])
         if self.shots is not None:
             splits["train"] = self._few(splits["train"], seed)
@@ -175,13 +175,14 @@ class Task:
                 )
 
     def _source(self, found: Public, splits: dict[str, Dataset], protocol: str) -> dict[str, Any]:
+        limit = {split: rows for split, rows in self.limit.items() if rows is not None}
         return found.source | {
             "path": self.path,
             "name": self.name,
             "licence": self.licence if not found.source["standin"] else "generated",
             "version": self.version,
             "protocol": protocol,
-            "limit": self.limit and f"{dict(self.limit)}, the rows first in the order of {cutting.RULE}",
+            "limit": f"{limit}: the rows first in the order of {cutting.RULE}" if limit else None,
             "rows": {s: len(rows) for s, rows in splits.items()},
             "fingerprints": {s: fingerprint(rows) for s, rows in splits.items()},
         }

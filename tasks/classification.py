@@ -44,7 +44,7 @@ class Classification(Task):
     def options(self, config: Any = None) -> dict[str, Any]:
         """Number of outputs, and the loss: squared error for one, cross-entropy for more."""
         problem = "regression" if self.labels == 1 else "single_label_classification"
-        return dict(num_labels=self.labels, problem_type=problem)
+        return {"num_labels": self.labels, "problem_type": problem}
 
     def columns(self) -> list[str]:
         return [*self.text, self.label]

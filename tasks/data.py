@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -77,8 +78,14 @@ def public(task: Task, data: DataConfig) -> Public:
                 raise
             tried.append(f"mirror {root}: {_first(error)}")
             continue
-        return Public(dict(rows), _mirrored(folder, task.name))
+        lacking = sorted(set(task.splits.values()) - set(rows))
+        if not lacking:
+            return Public(dict(rows), _mirrored(folder, task.name))
+        tried.append(f"mirror {root}: {task.path} ({task.name}) has no split {lacking}, only {list(rows)}")
     for kind, attempt in (("cache", _cached), ("hub", _from_hub)):
+        if Path(task.path).exists():  # load_dataset would take it for the data set
+            tried.append(f"{kind}: the folder ./{task.path} hides the hub's id; move it into ./data")
+            continue
         try:
             rows = attempt(task)
         except (OSError, ValueError) as error:  # FileNotFoundError and ConnectionError are OSErrors
@@ -91,7 +98,12 @@ def public(task: Task, data: DataConfig) -> Public:
 def _load(path: str, name: str | None, revision: str | None) -> DatasetDict:
     import datasets
 
-    return datasets.load_dataset(path, name, revision=revision)
+    cache_dir = None  # the client's own
+    if Path(path).is_absolute():  # its cache knows a local file by its time of change alone: two mirrors could mix
+        stamp = sorted((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in Path(path).rglob("*") if f.is_file())
+        digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:16]
+        cache_dir = str(Path(datasets.config.HF_DATASETS_CACHE) / "paretune" / digest)
+    return datasets.load_dataset(path, name, revision=revision, cache_dir=cache_dir)
 
 
 def _lacks(error: Exception) -> bool:
@@ -101,7 +113,7 @@ def _lacks(error: Exception) -> bool:
 def _mirrored(folder: Path, name: str | None) -> dict[str, Any]:
     note = folder / (name or "default") / "source.json"
     package = {"package": json.loads(note.read_text())} if note.is_file() else {}
-    return {"kind": "mirror", "standin": False, "revision": None, "root": str(folder)} | package
+    return {"kind": "mirror", "standin": False, "revision": None} | package
 
 
 def _cached(task: Task) -> DatasetDict:

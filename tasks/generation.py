@@ -52,7 +52,7 @@ class Generation(Task):
         prompt = self._prompt(row, processor)
         answer = processor(self.answer.format(**row), add_special_tokens=False)["input_ids"]
         length = min(self.max_length, processor.model_max_length)
-        answer = answer[: length - 2] + [processor.eos_token_id]
+        answer = [*answer[: length - 2], processor.eos_token_id]
         prompt = prompt[-(length - len(answer)) :]
         return {
             "input_ids": prompt + answer,

@@ -16,6 +16,7 @@ PROTOCOLS = {
     "leakfree": "val and test cut from one public split: 1,000 rows and the rest above 2,000 rows, else two halves",
     "devset": "val and test are both the whole public development set: comparable with old papers, selected on test",
     "heldout": "val is `holdout` rows of the public training split, test the public test split",
+    "threeway": "val and test are `holdout` rows each of the one public split that all three are cut from",
     "vtab1k": "train: the first 800 rows, val: the first 200 of the last tenth of public train; test: public test",
 }
 STRIDE = 10_000_000  # ids of one public split lie below those of the next
@@ -32,13 +33,18 @@ def cut(protocol: str, splits: dict[str, str], sizes: dict[str, int], holdout: i
             raise ValueError(f"task.splits.{ours}={theirs!r} does not exist; the public splits are {list(sizes)}")
     train, val, test = (splits[s] for s in SPLITS)
     same = {"official": (), "leakfree": (val, test), "devset": (val, test)}.get(protocol, (train, val))
-    if same and same[0] != same[1] or len({train, val, test}) != (3 if protocol == "official" else 2):
+    publics = {"official": 3, "threeway": 1}.get(protocol, 2)
+    if (same and same[0] != same[1]) or len({train, val, test}) != publics:
         raise ValueError(f"task.protocol={protocol}: {PROTOCOLS[protocol]}; task.splits={dict(splits)} does not fit")
     chosen = {s: list(range(sizes[splits[s]])) for s in SPLITS}
     if protocol == "leakfree":
         chosen["val"], chosen["test"] = _parts(sizes[val], BIG_VAL if sizes[val] > BIG else (sizes[val] + 1) // 2)
     elif protocol == "heldout":
         chosen["val"], chosen["train"] = _parts(sizes[train], _fits(holdout, sizes[train]))
+    elif protocol == "threeway":
+        held, chosen["train"] = _parts(sizes[train], _fits(2 * holdout, sizes[train]))
+        halves = shuffled(len(held))
+        chosen["val"], chosen["test"] = (sorted(held[k] for k in half) for half in (halves[::2], halves[1::2]))
     elif protocol == "vtab1k":
         start = min(sizes[train] * 9 // 10, sizes[train] - _fits(200, sizes[train]))
         chosen["train"], chosen["val"] = list(range(min(800, start))), list(range(start, start + 200))
@@ -79,6 +85,6 @@ def _fits(rows: int, n: int) -> int:
 
 def _sentence(protocol: str, splits: dict[str, str], sizes: dict[str, int], chosen: dict[str, list[int]]) -> str:
     parts = [f"{s}: {len(chosen[s])} of {sizes[splits[s]]} public {splits[s]} rows" for s in SPLITS]
-    drawn = f"; drawn in the order of {RULE}" if protocol in ("leakfree", "heldout") else ""
+    drawn = f"; drawn in the order of {RULE}" if protocol in ("leakfree", "heldout", "threeway") else ""
     warned = "; val and test are the same rows" if protocol == "devset" else ""
     return f"{protocol}: {', '.join(parts)}{drawn}{warned}"

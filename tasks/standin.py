@@ -18,14 +18,44 @@ if TYPE_CHECKING:
 VERSION = 1
 TRAIN, OTHERS = 2000, 400  # rows of the public training split (and those held out of it), of each other split
 
-PEOPLE = "Anna Boris Clara David Elena Frank Greta Henry Irene Jonas Karin Louis Maria Nadia Oscar Petra".split()
-CITIES = "Paris Berlin London Madrid Rome Vienna Lisbon Dublin Oslo Athens Prague Warsaw".split()
-JOBS = "teacher baker lawyer nurse pilot painter farmer singer doctor writer".split()
-THINGS = "book lamp chair letter piano bicycle camera ticket garden boat".split()
+PEOPLE = [
+    "Anna",
+    "Boris",
+    "Clara",
+    "David",
+    "Elena",
+    "Frank",
+    "Greta",
+    "Henry",
+    "Irene",
+    "Jonas",
+    "Karin",
+    "Louis",
+    "Maria",
+    "Nadia",
+    "Oscar",
+    "Petra",
+]
+CITIES = [
+    "Paris",
+    "Berlin",
+    "London",
+    "Madrid",
+    "Rome",
+    "Vienna",
+    "Lisbon",
+    "Dublin",
+    "Oslo",
+    "Athens",
+    "Prague",
+    "Warsaw",
+]
+JOBS = ["teacher", "baker", "lawyer", "nurse", "pilot", "painter", "farmer", "singer", "doctor", "writer"]
+THINGS = ["book", "lamp", "chair", "letter", "piano", "bicycle", "camera", "ticket", "garden", "boat"]
 VERBS = {"bought": "purchased", "repaired": "fixed", "described": "portrayed", "found": "discovered", "sold": "traded"}
-GOOD = "wonderful moving brilliant funny charming clever beautiful gripping warm honest".split()
-BAD = "dull awful boring clumsy tedious hollow messy tiresome lazy painful".split()
-PARTS = "plot acting music dialogue ending camera pace script cast idea".split()
+GOOD = ["wonderful", "moving", "brilliant", "funny", "charming", "clever", "beautiful", "gripping", "warm", "honest"]
+BAD = ["dull", "awful", "boring", "clumsy", "tedious", "hollow", "messy", "tiresome", "lazy", "painful"]
+PARTS = ["plot", "acting", "music", "dialogue", "ending", "camera", "pace", "script", "cast", "idea"]
 
 Pair = tuple[tuple[str, ...], Any]
 
@@ -37,7 +67,8 @@ def generate(task: Task, seed: int = 0) -> Public:
     splits = {}
     for name in dict.fromkeys(task.splits.values()):
         rng = random.Random(f"{task.path}/{task.name}/{task.standin}/{name}/{seed}")
-        size = TRAIN + task.holdout * (task.protocol == "heldout") if name == task.splits["train"] else OTHERS
+        held = task.holdout * {"heldout": 1, "threeway": 2}.get(task.protocol, 0)
+        size = TRAIN + held if name == task.splits["train"] else OTHERS
         rows = [task.example(rng) for _ in range(size)]
         splits[name] = Dataset.from_list(rows)
     return Public(splits, {"kind": "standin", "standin": True, "revision": f"{task.standin} v{VERSION} seed {seed}"})
