@@ -201,7 +201,7 @@ IMAGES = {
         "authors' terms, often given as CC BY-SA 3.0",
     ),
     "fashion_mnist": Source(
-        "zalandoresearch/fashion_mnist",
+        "zalando-datasets/fashion_mnist",
         "fashion_mnist",
         {"image": "image", "label": _FASHION_CLASSES},
         _GREY,
