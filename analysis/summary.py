@@ -11,7 +11,7 @@ import pandas as pd
 from analysis.columns import COSTS, METRICS
 
 BY = ("task", "model", "method")
-FENCE = ("settings", "protocol", "data_standin", "memory_kind", "device", "software")
+FENCE = ("settings", "protocol", "data_standin", "memory_kind", "device", "software", "data_split")
 LEVEL = 0.95
 
 
@@ -31,7 +31,7 @@ def summarise(runs: pd.DataFrame, by: Sequence[str] = BY) -> pd.DataFrame:
             f"by={list(by)}: no column {absent}; the table has {', '.join(map(str, runs.columns[:12]))}, ..."
         )
     runs = runs.assign(**{name: None for name in (*FENCE, "seed", "data_fingerprint") if name not in runs})
-    runs = _fill(runs, [*by, "settings"])
+    runs = _split_data(_fill(runs, [*by, "settings"]), by)
     keys = list(dict.fromkeys([*by, *FENCE]))
     values = [c for c in runs.columns if c in COSTS or c == "score" or c.startswith(METRICS)]
     measured = runs[[*keys, "seed", *values]].astype(dict.fromkeys(values, float))
@@ -49,7 +49,16 @@ def _fill(runs: pd.DataFrame, same: list[str]) -> pd.DataFrame:
     """A run that failed before it knew its data or device belongs to the runs of its own settings."""
     names = [name for name in FENCE if name not in same]
     known = runs.groupby(same, dropna=False)[names].transform("first")
-    return runs.assign(**{name: runs[name].where(runs[name].notna(), known[name]) for name in names})
+    ran = runs["status"] == "ok" if "status" in runs else pd.Series(True, index=runs.index)
+    return runs.assign(**{name: runs[name].where(runs[name].notna() | ran, known[name]) for name in names})
+
+
+def _split_data(runs: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Name the test rows in `data_split` where runs of one group and seed were scored on different ones."""
+    group = list(dict.fromkeys([*by, *(name for name in FENCE if name != "data_split")]))
+    prints = runs.groupby([*group, "seed"], dropna=False)["data_fingerprint"].transform("nunique")
+    most = runs.assign(prints=prints).groupby(group, dropna=False)["prints"].transform("max")
+    return runs.assign(data_split=runs["data_fingerprint"].where(most > 1, None))
 
 
 def _moments(groups: Any, values: list[str]) -> pd.DataFrame:

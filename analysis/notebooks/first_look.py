@@ -18,6 +18,8 @@
 # %%
 import os
 
+import matplotlib.pyplot as plt
+
 import analysis
 
 runs = analysis.load(os.environ.get("PARETUNE_RESULTS", "results"))
@@ -44,9 +46,7 @@ fronts = analysis.pareto(table, cost="trained_params", by=["task", "model"])
 fronts.loc[fronts.front.fillna(False), ["task", "model", "label", "trained_params", "score"]]
 
 # %%
-import matplotlib.pyplot as plt
-
-for (task, model), part in table.groupby(["task", "model"]):
+for _, part in table.groupby(["task", "model"]):
     if part.score.notna().any():
         analysis.plots.pareto(part, cost="trained_params")
         plt.show()

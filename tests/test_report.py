@@ -1,0 +1,127 @@
+"""The report is one inert file that draws itself in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import analysis
+from analysis.report import report
+from tests.test_analysis import METHODS, synthetic, write_grid
+
+EVIL = [
+    "<img src=x onerror=\"document.title='pwned'\">",
+    "</script><script>document.title='pwned'</script>",
+    "<!--<script>",
+]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=4000", "--dump-dom"]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    results = write_grid(folder / "results")
+    for name in EVIL:
+        synthetic(name, id=f"evil{EVIL.index(name)}", reason=name).save(results)
+    synthetic("lora", "sst2", standin=True).save(results)
+    synthetic("vera", status="skipped", score=None, reason="no <b>layer</b> fits").save(results)
+    (results / "broken").mkdir()
+    (results / "broken" / "record.json").write_text("{")
+    with pytest.warns(UserWarning):
+        return report(analysis.load(results), folder / "report.html")
+
+
+def visit(page, tmp_path, state=""):
+    """The drawn page and what the browser's console said."""
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    done = subprocess.run([*command, f"file://{page}{state}"], capture_output=True, text=True, timeout=90)
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout
+
+
+def points(dom):
+    return re.findall(r'<circle class="point"[^>]* aria-label="([^:"]*)', dom)
+
+
+def test_the_file_is_self_contained_and_its_text_inert(page):
+    text = page.read_text()
+    assert not re.search(r"<script[^>]+src|<link|@import|url\(|<iframe|<img", text)
+    assert text.count("</script>") == 2 and len(text) < 200_000, "the data block and the scripts, nothing closed early"
+    content = re.search(r'<script type="application/json" id="payload">(.*?)</script>', text, re.S).group(1)
+    data = json.loads(content)
+    assert {row["method"] for row in data["rows"]} >= set(EVIL)
+    assert "<" not in content
+    assert data["counts"]["ok"] == len(METHODS) * 6 + 4 and data["counts"]["skipped"] == 1
+    assert data["problems"][0][0].endswith("broken/record.json")
+
+
+def test_rows_that_may_not_share_a_front_are_views_apart(tmp_path):
+    gpu = {"device": "gpu", "memory": "cuda_allocator"}
+    synthetic("lora", id="a").save(tmp_path)
+    synthetic("dora", id="b").save(tmp_path)
+    synthetic("lora", id="c", environment=gpu).save(tmp_path)
+    synthetic("dora", id="d", data={"fingerprints": {"test": "other"}}).save(tmp_path)
+    data = analysis.report.payload(analysis.load(tmp_path), "t")
+    assert sorted(row["view"] for row in data["rows"]) == [0, 0, 1, 2]
+
+
+def test_one_run_without_any_score_still_reports(tmp_path):
+    synthetic(status="failed", score=None, metrics={}, trained_params=None, memory={}, time={}, flops={}).save(tmp_path)
+    assert report(analysis.load(tmp_path), tmp_path / "r.html").exists()
+
+
+@browser
+def test_it_draws_every_method_of_a_task_and_nothing_runs(page, tmp_path):
+    dom = visit(page, tmp_path, "#task=rte")
+    assert len(points(dom)) == len(METHODS) + len(EVIL)
+    assert "<title>Paretune report</title>" in dom and "pwned" not in re.search("<title>(.*?)</title>", dom).group(1)
+    assert not re.search(r"<img|<b>layer", dom)
+    assert "log scale" in dom and 'class="stair"' in dom and "no &lt;b&gt;layer&lt;/b&gt; fits" in dom
+    assert "Generated stand-in data" in dom and "broken/record.json" in dom
+
+
+@browser
+def test_the_address_chooses_task_cost_methods_and_theme(page, tmp_path):
+    dom = visit(page, tmp_path, "#task=stsb&cost=memory_peak&methods=lora,dora&theme=dark&table=task")
+    assert sorted(points(dom)) == ["dora", "lora"]
+    assert "Peak memory (bytes)" in dom and 'data-theme="dark"' in dom and "Methods: 2 of 6" in dom
+    assert "2 of 17 rows" in dom
+    lit = visit(page, tmp_path, f"#task={'sst2%20(stand-in)'}")
+    assert points(lit) == ["lora"] and 'class="watermark"' in lit and 'class="tag"' in lit
+
+
+@browser
+def test_pickers_filters_sorting_and_csv_work(page, tmp_path):
+    """The page is used by a script that is added to a copy: it picks, filters, sorts, and writes down what it sees."""
+    drive = """
+    const act = (id, value) => { const e = byId(id); e.value = value; e.dispatchEvent(new Event(id === "find" ? "input" : "change")); };
+    const count = () => document.querySelectorAll("circle.point").length, axis = () => document.querySelector("#plot svg").textContent;
+    const seen = { before: count() };
+    act("pick-task", "stsb"); seen.task = count();
+    act("pick-cost", "time_step"); seen.axis = axis().includes("Time per step (s)");
+    act("pick-score", "metrics_test/f1"); seen.score = axis().includes("test/f1");
+    byId("controls").querySelector(".methods input").click(); seen.unticked = count();
+    document.querySelector("#methods button").click(); seen.all = count();
+    act("find", "lor"); seen.found = document.querySelectorAll("#results tbody tr").length; act("find", "");
+    const first = () => document.querySelector("#results tbody td").textContent;
+    const head = [...document.querySelectorAll("#results th button")].find(b => b.textContent.startsWith("method")); head.click(); seen.first = first();
+    [...document.querySelectorAll("#results th button")].find(b => b.textContent.startsWith("method")).click(); seen.last = first();
+    document.querySelector("circle.point").dispatchEvent(new Event("pointerenter")); seen.tip = !byId("tip").hidden && byId("tip").textContent;
+    act("pick-table", ALL); S.methods = null; render(); seen.csv = csv(); seen.hash = location.hash;
+    document.body.replaceChildren(el("pre", { id: "seen" }, JSON.stringify(seen)));
+    """
+    copy = tmp_path / "copy.html"
+    copy.write_text(page.read_text().replace("</script>\n</body>", f"{drive}</script>\n</body>"))
+    dom = visit(copy, tmp_path / "profile", "#task=rte")
+    text = re.search('<pre id="seen">(.*)</pre>', dom, re.S).group(1)
+    seen = json.loads(text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert seen["before"] == len(METHODS) + len(EVIL) and seen["task"] == seen["all"] == len(METHODS)
+    assert seen["axis"] and seen["score"] and seen["unticked"] == len(METHODS) - 1 and seen["found"] == 1
+    assert (seen["first"], seen["last"]) == ("bitfit", "lora") and "Seeds: 3" in seen["tip"]
+    assert "task=stsb" in seen["hash"] and "cost=time_step" in seen["hash"]
+    lines = seen["csv"].strip().split("\r\n")
+    assert len(lines) == 1 + 17 and lines[0].startswith('"task","model","method"') and '"score_low"' in lines[0]
