@@ -14,7 +14,6 @@ import pandas as pd
 from analysis.columns import COSTS
 from bench.record import STATUSES, Record
 
-NESTED = ("data", "metrics", "memory", "time", "flops", "energy", "environment", "config")
 _NUMBERS = ("metrics", "memory", "time", "flops", "energy")
 _NOT_SETTINGS = (
     "seed",
@@ -29,7 +28,8 @@ _NOT_SETTINGS = (
     "save_state",
 )
 _FIELDS = {f.name: str(f.type) for f in dataclasses.fields(Record)}
-_SCALARS = [name for name in _FIELDS if name not in (*NESTED, "history", "warnings")]
+NESTED = [name for name, kind in _FIELDS.items() if kind.startswith("dict")]
+_SCALARS = [name for name, kind in _FIELDS.items() if not kind.startswith(("dict", "list"))]
 
 
 class NoRuns(FileNotFoundError):
