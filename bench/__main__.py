@@ -9,6 +9,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from omegaconf.errors import OmegaConfBaseException
 
 import methods  # noqa: F401  (registers the groups that a command line chooses from)
 import tasks  # noqa: F401
@@ -20,11 +21,14 @@ from bench.table import exit_code, seen
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: Any) -> str:
     """One cell of the grid. What goes wrong inside it ends in its record, whose path this returns."""
+    try:
+        config = to_config(cfg, HydraConfig.get().runtime.choices)
+    except (ValueError, OmegaConfBaseException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return f"error: {error}"
     from bench.run import run
 
-    config = to_config(cfg, HydraConfig.get().runtime.choices)
-    record = run(config)
-    return f"{config.results}/{record.id}"
+    return f"{config.results}/{run(config).id}"
 
 
 def command_line() -> int:

@@ -124,6 +124,22 @@ def to_config(cfg: Any, choices: Any) -> Config:
     return config
 
 
+def from_record(values: dict[str, Any], classes: dict[str, str]) -> Config:
+    """The configuration of a finished run, from its record's `config` alone."""
+    import methods
+    import tasks  # noqa: F401  (registers the kinds of task)
+
+    kind: Any = OmegaConf.get_type(ConfigStore.instance().load(f"schema/task/{classes['task']}.yaml").node)
+    parts = {
+        "method": methods.METHODS[classes["method"]](**values["method"]),
+        "task": kind(**values["task"]),
+        "model": ModelConfig(**values["model"]),
+        "train": TrainConfig(**values["train"]),
+        "data": DataConfig(**values["data"]),
+    }
+    return Config(**{k: v for k, v in values.items() if k != "classes"} | parts)
+
+
 def _default_model(config: Config) -> None:
     """`model=auto` is the model that the task's YAML names; what was set on top of `auto` stays."""
     name = config.task.default_model

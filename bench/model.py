@@ -97,7 +97,7 @@ def merge(model: nn.Module) -> None:
             continue
         base.weight.copy_(weight)  # type: ignore[operator, union-attr]
         if bias is not None and bias is not base.bias:
-            base.bias = nn.Parameter(bias.detach().to(weight.dtype).clone(), requires_grad=False)
+            base.bias = nn.Parameter(bias.detach().to(base.weight.dtype).clone(), requires_grad=False)
         model.set_submodule(name, base)
 
 

@@ -36,7 +36,8 @@ class Record:
     status: str = "ok"
     reason: str = ""  # one sentence for every status but ok
     traceback: str = ""
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # where the rows came from, protocol, licence, fingerprints
+    model_source: dict[str, Any] = field(default_factory=dict)  # where the weights came from, licence, new parameters
     metric: str = ""  # the headline metric's name
     score: float | None = None  # the headline metric on the test split at the selected checkpoint
     metrics: dict[str, float | None] = field(default_factory=dict)  # "val/accuracy", "test/accuracy", "last_val/..."

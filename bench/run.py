@@ -74,8 +74,12 @@ def _statuses(record: Record, body: Any) -> None:
         raise
     except Exception as error:
         record.reason, record.traceback = _sentence(error), traceback.format_exc()
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        record.status = "oom" if out_of_memory else "diverged" if isinstance(error, (Diverged, FloatingPointError)) else "failed"
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
+            error
+        )
+        record.status = (
+            "oom" if out_of_memory else "diverged" if isinstance(error, (Diverged, FloatingPointError)) else "failed"
+        )
     if record.status == "oom":  # free what the failed run holds before the next one starts
         torch.cuda.empty_cache() if torch.cuda.is_available() else None
 
@@ -87,7 +91,7 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Any, stop: Stop) -
     with phases("setup"):
         ready = prepare(config, rows, device)
         batches = ready.train_batches(config)
-        record.config["model"]["source"] = ready.source
+        record.model_source = ready.source
         loop = Loop(ready.model, ready.method, config.train, steps=_steps(config, batches), device=device)
         for key, value in counts(ready.model, ready.head).items():
             setattr(record, key, value)
@@ -128,15 +132,22 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Any, stop: Stop) -
         metrics = score("val")[1]
         return metrics[ready.task.metric], metrics
 
+    final = type(ready.method).finish is not Method.finish  # the model changes shape: no checkpoint after that
+    finished = False
     try:
         with bar:
             with phases("train"):
                 train(loop, batches, evaluate=evaluate, timer=timer, log=note, tick=tick)
             record.memory = measure.memory(ready.model, loop.optimizer, phases, activations=cost["activations"])
             record.selected_step = select(loop)
+            if final:
+                save()
+            ready.method.finish(ready.model)
+            finished = True
             predictions = {split: score(split) for split in ("val", "test")}
     except Interrupted:
-        save()
+        if not (final and finished):
+            save()
         raise
     record.steps, record.metric = loop.progress.step, ready.task.metric
     record.metrics = {f"{split}/{k}": v for split, (_, metrics) in predictions.items() for k, v in metrics.items()}
@@ -164,9 +175,7 @@ class Prepared:
     def train_batches(self, config: Config) -> TrainBatches:
         """The training batches of this seed."""
         cfg = config.train
-        return TrainBatches(
-            self.encoded["train"], batch_size=cfg.batch_size, seed=config.seed, buckets=cfg.buckets
-        )
+        return TrainBatches(self.encoded["train"], batch_size=cfg.batch_size, seed=config.seed, buckets=cfg.buckets)
 
     def predict(self, split: str, config: Config, stop: Stop | None = None) -> pd.DataFrame:
         """Predictions for each row of `split`, in the order of row ids."""
@@ -202,7 +211,9 @@ def prepare(config: Config, rows: Rows, device: torch.device) -> Prepared:
     if config.train.precision == "bf16_full":
         ready.model.to(torch.bfloat16)
     if not any(p.requires_grad for p in ready.model.parameters()):
-        raise Unsupported("nothing is trained: the method leaves every parameter frozen and the task brings no new head")
+        raise Unsupported(
+            "nothing is trained: the method leaves every parameter frozen and the task brings no new head"
+        )
     return ready
 
 
@@ -302,7 +313,11 @@ def _flops(cost: dict[str, int], loop: Loop, batches: TrainBatches, config: Conf
     """FLOPs of a training step and of a forward on the longest rows; of the whole training in proportion to its tokens."""
     seen = sum(_padded(batches, step) for step in range(loop.progress.step))
     total = round(cost["train_step"] * seen / cost["size"])
-    return {"train_step": cost["train_step"] * config.train.accumulate, "forward": cost["forward"], "total_train": total}
+    return {
+        "train_step": cost["train_step"] * config.train.accumulate,
+        "forward": cost["forward"],
+        "total_train": total,
+    }
 
 
 def _elements(batch: dict[str, Tensor]) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
+from omegaconf import OmegaConf
 
 from bench.record import Record
 
@@ -36,9 +37,18 @@ class Table(Callback):
     def _show(self, folders: list[Path]) -> None:
         for folder in folders:
             if (folder / "record").exists():
-                seen.append(Record.load(Path((folder / "record").read_text())))
+                seen.append(_read((folder / "record").read_text(), folder))
         if seen:
             print(table(seen), flush=True)
+
+
+def _read(word: str, folder: Path) -> Record:
+    """The record that a job left word of; one that never was for a configuration that could not be run."""
+    if not word.startswith("error: "):
+        return Record.load(Path(word))
+    choices = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices
+    names = {k: str(choices[k]) for k in ("method", "model", "task")}
+    return Record(id="", seed=-1, config={}, status="failed", reason=word.removeprefix("error: "), **names)
 
 
 def table(records: list[Record]) -> str:
@@ -56,7 +66,18 @@ def _row(r: Record) -> tuple[str, ...]:
     memory = "-" if peak is None else f"{peak / 2**20:.1f} MiB"
     seconds = "-" if step is None else f"{step:.3f}"
     last = r.reason or os.path.join(r.config["results"], r.id)
-    return r.method, r.model, r.task, str(r.seed), r.status, score, trained, memory, seconds, last
+    return (
+        r.method,
+        r.model,
+        r.task,
+        str(r.seed) if r.seed >= 0 else "-",
+        r.status,
+        score,
+        trained,
+        memory,
+        seconds,
+        last,
+    )
 
 
 def exit_code(records: list[Record]) -> int:

@@ -136,7 +136,6 @@ def train(
         if state.step % log_every == 0 or state.step in (1, loop.steps):
             log(state.step, {"train/loss": loss, "train/lr": rate})
         tick()
-    loop.method.finish(loop.model)
 
 
 def _keep_best(loop: Loop, score: float, metrics: dict[str, float]) -> None:

@@ -26,7 +26,7 @@ def synthetic(method="lora", task="rte", seed=0, standin=False, lr=1e-3, **chang
     params = METHODS.get(method, 200_000)
     score = 0.6 + 0.03 * math.log10(1 + params) + 0.02 * random.normal()
     peak = int(5e8 + 12 * params + 1e8 * random.random())
-    values = dict(  # noqa: C408
+    values = dict(
         id=f"{abs(hash((method, task, seed, standin, lr))):016x}"[:12],
         method=method,
         model="roberta_base",

@@ -10,11 +10,19 @@ import pytest
 
 from bench.record import STATUSES, Record, identity, json_schema, write_atomically
 
-CONFIG = {"method": {"rank": 8}, "train": {"lr": 1e-3, "checkpoint_seconds": 60.0}, "seed": 0, "results": "a", "data": {}}
+CONFIG = {
+    "method": {"rank": 8},
+    "train": {"lr": 1e-3, "checkpoint_seconds": 60.0},
+    "seed": 0,
+    "results": "a",
+    "data": {},
+}
 
 
 def record(**values):
-    return Record(**{"id": "abc", "method": "lora", "model": "tiny", "task": "rte", "seed": 0, "config": CONFIG} | values)
+    return Record(
+        **{"id": "abc", "method": "lora", "model": "tiny", "task": "rte", "seed": 0, "config": CONFIG} | values
+    )
 
 
 def test_round_trip(tmp_path):

@@ -77,7 +77,9 @@ def test_accumulation_is_the_same_step():
         torch.testing.assert_close(tensor, states[1][name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "middle", "end"), [("linear", 0.5, 0.0), ("cosine", 0.5, 0.0), ("constant", 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("kind", "middle", "end"), [("linear", 0.5, 0.0), ("cosine", 0.5, 0.0), ("constant", 1.0, 1.0)]
+)
 def test_schedule(kind, middle, end):
     factors = [schedule(s, kind=kind, warmup=10, steps=110) for s in range(111)]
     assert factors[:10] == pytest.approx([(s + 1) / 11 for s in range(10)])

@@ -1,0 +1,65 @@
+"""python -m bench.evaluate RECORD: rebuild a finished run's model from its record and check that it predicts the same."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench.config import from_record
+from bench.record import Record, identity
+
+
+def evaluate(path: Path, root: str | None = None, device: str = "cpu") -> dict[str, float]:
+    """Score val and test again: "val/...", "test/..." metrics, and "changed", the share of predictions that differ.
+
+    path: a record or its folder, with predictions and state beside it. root: another place of the data's mirror.
+    Raises FileNotFoundError without them, ValueError where the rows are no longer those of the run.
+    """
+    import pandas as pd
+    import torch
+    from safetensors.torch import load_file
+
+    from bench.model import load_trained_state
+    from bench.run import find_device, prepare
+
+    folder = path if path.is_dir() else path.parent
+    record = Record.load(path)
+    if not (folder / "state.safetensors").exists():
+        raise FileNotFoundError(f"{folder} has no state.safetensors: the run is {record.status}, or save_state was off")
+    config = from_record(record.config, record.config["classes"])
+    config.device, config.data.root = device, root or config.data.root
+    rows = config.task.load(config.data, config.seed)
+    if identity(record.config, rows.source) != record.id:
+        raise ValueError(
+            f"the rows of {record.task} are not those of the run {record.id}: {rows.source['fingerprints']}"
+        )
+    ready = prepare(config, rows, find_device(config))
+    ready.method.finish(ready.model)
+    with torch.no_grad():
+        load_trained_state(ready.model, load_file(folder / "state.safetensors"))
+    old = pd.read_parquet(folder / "predictions.parquet")
+    found, changed = {}, []
+    for split in ("val", "test"):
+        new = ready.predict(split, config)
+        before = old[old["split"] == split].sort_values("row_id", ignore_index=True)
+        changed.append(new["prediction"].ne(before["prediction"]))
+        found |= {f"{split}/{k}": v for k, v in ready.task.score(new).items()}
+    return found | {"changed": float(pd.concat(changed).mean())}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.evaluate", description=__doc__)
+    parser.add_argument("record", type=Path, help="results/<id> or its record.json")
+    parser.add_argument("--root", help="mirror folder of the data, if it is no longer where the run had it")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    found = evaluate(args.record, args.root, args.device)
+    stored = Record.load(args.record).metrics
+    for name, value in found.items():
+        print(f"{name:28} {value:.6f}" + (f"   stored {stored[name]:.6f}" if stored.get(name) is not None else ""))
+    return int(found["changed"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
