@@ -9,7 +9,7 @@ import re
 from bench.config import CONF, Config, DataConfig, ModelConfig, TrainConfig
 from methods import METHODS
 
-GROUPS = ("method", "model", "task", "experiment")
+GROUPS = ("method", "model", "task", "data", "experiment")
 
 
 def suggest(message: str, arguments: list[str]) -> str:

@@ -17,7 +17,7 @@ from bench.record import Record, json_schema
 from bench.run import run
 
 ROOT = Path(__file__).parents[1]
-TINY = ["model=random_bert", "task=rte", "data.mode=standin", "task.limit={train:64,val:24,test:24}", "wandb=off"]
+TINY = ["model=random_bert", "task=rte", "data=standin", "task.limit={train:64,val:24,test:24}", "wandb=off"]
 FAST = ["train.steps=8", "train.batch_size=8", "train.eval_every=4", "task.max_length=64"]
 
 
@@ -84,7 +84,7 @@ def test_a_done_run_is_not_run_again(tmp_path):
         (["method.targets=nothing_like_this"], "skipped", "query"),
         (["method=full_ft", "train.lr=inf", "train.clip=null", "train.warmup=0"], "diverged", "lr"),
         (["model.path=/does/not/exist"], "failed", "exist"),
-        (["data.mode=real", "data.root=/does/not/exist"], "failed", "data.root"),
+        (["data=real", "data.root=/does/not/exist"], "failed", "data.root"),
         (["device=cuda:7"], "failed", "device=cpu"),
     ],
 )
@@ -128,7 +128,7 @@ def test_a_killed_run_ends_with_the_same_numbers(tmp_path, number):
 
 
 def test_multirun_keeps_going_and_says_what_failed(tmp_path):
-    process = command(tmp_path, "-m", "model.path=random:bert,random:nothing", "method=lora,linear_probe")
+    process = command(tmp_path, "model.path=random:bert,random:nothing", "method=lora,linear_probe", "-m")
     output = process.communicate(timeout=180)[0]
     assert process.returncode == 1, output
     cells = {(r.method, r.config["model"]["path"]): r for r in map(Record.load, tmp_path.glob("*/record.json"))}
