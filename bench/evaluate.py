@@ -39,7 +39,8 @@ def evaluate(path: Path, root: str | None = None, device: str = "cpu") -> dict[s
     with torch.no_grad():
         load_trained_state(ready.model, load_file(folder / "state.safetensors"))
     old = pd.read_parquet(folder / "predictions.parquet")
-    found, changed = {}, []
+    found: dict[str, float] = {}
+    changed = []
     for split in ("val", "test"):
         new = ready.predict(split, config)
         before = old[old["split"] == split].sort_values("row_id", ignore_index=True)

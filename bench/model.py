@@ -53,7 +53,7 @@ def build(cfg: ModelConfig, task: Task) -> Built:
     linear_conv1d(model)
     head = sorted(set(missing) & {n for n, _ in model.named_parameters()})
     freeze(model, tuple(head))
-    source |= {"path": cfg.path, "revision": cfg.revision, "dtype": cfg.dtype, "head": head}
+    source |= {"path": cfg.path, "revision": cfg.revision, "dtype": cfg.dtype, "head": head}  # type: ignore[dict-item]
     return Built(model, processor, tuple(head), source)
 
 
@@ -97,7 +97,7 @@ def merge(model: nn.Module) -> None:
             continue
         base.weight.copy_(weight)  # type: ignore[operator, union-attr]
         if bias is not None and bias is not base.bias:
-            base.bias = nn.Parameter(bias.detach().to(base.weight.dtype).clone(), requires_grad=False)
+            base.bias = nn.Parameter(bias.detach().to(base.weight.dtype).clone(), requires_grad=False)  # type: ignore[arg-type]
         model.set_submodule(name, base)
 
 
@@ -166,7 +166,7 @@ def _pretrained(folder: str, cfg: ModelConfig, task: Task, processor: Any) -> tu
     if config.model_type == "sam2_hiera_det_model":
         from bench.hiera import HieraForImageClassification as auto  # not an Auto class of transformers
     else:
-        auto = getattr(transformers, task.model_class)
+        auto = getattr(transformers, task.model_class)  # type: ignore[misc]
     options = task.options(config) | dict(dtype=getattr(torch, cfg.dtype), output_loading_info=True)
     if task.kind != "image":
         options["pad_token_id"] = processor.pad_token_id

@@ -100,7 +100,8 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Any, stop: Stop) -
     seed_everything(config.seed)
     if path.exists():
         extra = checkpoint.load(path, loop)
-        for part, state in zip((phases, timer, energy), extra["costs"], strict=True):
+        costs: tuple[Any, ...] = (phases, timer, energy)
+        for part, state in zip(costs, extra["costs"], strict=True):
             part.load_state(state)
         record.history = extra["history"]
         log.info("%s: going on from step %d of %d", record.id, loop.progress.step, loop.steps)

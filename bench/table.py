@@ -47,7 +47,7 @@ def _read(word: str, folder: Path) -> Record:
     if not word.startswith("error: "):
         return Record.load(Path(word))
     choices = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices
-    names = {k: str(choices[k]) for k in ("method", "model", "task")}
+    names: dict[str, Any] = {k: str(choices[k]) for k in ("method", "model", "task")}
     return Record(id="", seed=-1, config={}, status="failed", reason=word.removeprefix("error: "), **names)
 
 

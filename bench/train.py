@@ -95,7 +95,7 @@ class Loop:
     def _unscale_and_clip(self) -> None:
         trained = [p for p in self.model.parameters() if p.grad is not None]
         if self._scale != 1.0:
-            torch._foreach_mul_([p.grad for p in trained], 1 / self._scale)
+            torch._foreach_mul_([p.grad for p in trained], 1 / self._scale)  # type: ignore[misc]
             if not all(torch.isfinite(p.grad).all() for p in trained):  # type: ignore[arg-type]
                 self.optimizer.zero_grad(set_to_none=True)  # skip this step and scale less
                 self.progress.loss_scale /= 2
@@ -134,7 +134,7 @@ def train(
         with timer:
             loss = loop.step(parts)
         if state.step % log_every == 0 or state.step in (1, loop.steps):
-            log(state.step, {"train/loss": loss, "train/lr": rate})
+            log(state.step, {"train/loss": loss, "train/lr": rate})  # type: ignore[dict-item]
         tick()
 
 

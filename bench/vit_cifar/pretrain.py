@@ -30,8 +30,8 @@ Forward = Callable[[Vit, Tensor, Tensor], Tensor]
 class Recipe:
     """What decides the weights, the rows aside."""
 
-    steps: int = 1698  # 4.4 epochs of 382
-    cooldown: int = 170  # last steps, in which the learning rate falls linearly to 0
+    steps: int = 2000  # 4.4 epochs of 382
+    cooldown: int = 470  # last steps, in which the learning rate falls linearly to 0
     keep: int = 32  # patches of 64 that a step sees of an image
     batch: int = 128
     warmup: int = 200  # steps
