@@ -20,9 +20,14 @@ Shape = Sequence[int]
 
 def flops(run: Callable[[], object]) -> int:
     """FLOPs of `run()`."""
-    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+    with counting() as counter:
         run()
     return int(counter.get_total_flops())
+
+
+def counting() -> FlopCounterMode:
+    """A context that counts; `get_total_flops()` may be asked inside it too."""
+    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from bench.clock import Phases, StepTimer, times
 from bench.environment import Energy, environment
-from bench.flops import flops
+from bench.flops import counting, flops
 from bench.storage import gradient_bytes, model_tensors, optimizer_bytes, storages, weight_bytes
 
 __all__ = [
@@ -38,7 +38,12 @@ Batch = dict[str, Tensor]
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps for the backward of the loss returned by `run()`.
+    """Bytes that autograd keeps for the backward of the loss returned by `run()`; see `_forward`."""
+    return _forward(model, run)[1]
+
+
+def _forward(model: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """The loss of `run()`, and the bytes that autograd keeps for its backward.
 
     Distinct storages alive at the end of the forward, each counted once and whole; those of the model's parameters and
     buffers are not counted. What a custom function keeps outside `save_for_backward` is not seen. Under gradient
@@ -53,50 +58,31 @@ def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
                 kept[s._cdata] = (StorageWeakRef(s), s.nbytes())
         return tensor
 
-    with (
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = run()
-    total = sum(size for reference, size in kept.values() if not reference.expired())
-    del loss
-    return total
+    return loss, sum(size for reference, size in kept.values() if not reference.expired())
 
 
-def probe(
-    model: nn.Module,
-    batch: Batch,
-    loss: Callable[[Batch], Tensor],
-    *,
-    backward: bool = True,
-) -> dict[str, int]:
-    """FLOPs and activations of one batch: `train_step` (one loss, and its backward), `forward` (evaluation), `activations`.
+def probe(model: nn.Module, batch: Batch, loss: Callable[[Batch], Tensor], *, backward: bool = True) -> dict[str, int]:
+    """FLOPs and activations of one batch: `forward` (the loss), `train_step` (with its backward), `activations`.
 
-    Leaves no trace: parameters, gradients, buffers, modes and random states are as before, and optimizer hooks on
+    One pass. Leaves no trace: parameters, gradients, buffers, modes and random states are as before, and optimizer hooks on
     gradients do not fire. `backward=False` is for methods that only ever call the loss: their step is a forward.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-
-    def step() -> None:
-        with torch.set_grad_enabled(backward):
-            value = loss(batch)
-            if backward:
-                torch.autograd.grad(value, trained, allow_unused=True)
-
-    def forward() -> None:
-        with torch.no_grad():
-            loss(batch)
-
+    activations = 0
     with untouched(model):
         model.train()
-        activations = saved_bytes(model, lambda: loss(batch)) if backward else 0
-        train_step = flops(step)
-        model.eval()
-        return {
-            "train_step": train_step,
-            "forward": flops(forward),
-            "activations": activations,
-        }
+        with counting() as counter:
+            if backward:
+                value, activations = _forward(model, lambda: loss(batch))
+            else:
+                with torch.no_grad():
+                    loss(batch)
+            forward = int(counter.get_total_flops())
+            if backward:
+                torch.autograd.grad(value, trained, allow_unused=True)
+        return {"train_step": int(counter.get_total_flops()), "forward": forward, "activations": activations}
 
 
 @contextmanager

@@ -129,8 +129,12 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Any, stop: Stop) -
         bar.set_postfix_str("")
         return predictions, ready.task.score(predictions)
 
+    scored: dict[int, tuple[pd.DataFrame, dict[str, float]]] = {}  # the last scoring of val, by step
+
     def evaluate() -> tuple[float, dict[str, float]]:
-        metrics = score("val")[1]
+        scored.clear()
+        scored[loop.progress.step] = score("val")
+        metrics = scored[loop.progress.step][1]
         return metrics[ready.task.metric], metrics
 
     final = type(ready.method).finish is not Method.finish  # the model changes shape: no checkpoint after that
@@ -145,7 +149,8 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Any, stop: Stop) -
                 save()
             ready.method.finish(ready.model)
             finished = True
-            predictions = {split: score(split) for split in ("val", "test")}
+            val = None if final else scored.get(record.selected_step)  # unchanged since: not scored twice
+            predictions = {"val": val or score("val"), "test": score("test")}
     except Interrupted:
         if not (final and finished):
             save()

@@ -267,3 +267,20 @@ def test_an_inner_phase_keeps_its_peak_to_itself():
             torch.zeros(1 << 20, device="cuda")
         torch.zeros(1 << 10, device="cuda")
     assert phases.peaks["eval"] - phases.peaks["train"] > 3 << 20
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_the_probe_in_one_pass_agrees_with_each_measure_alone(kind):
+    from bench.model import random_model
+
+    model = random_model(kind)
+    model.requires_grad_(True)
+    ids = torch.randint(3, 300, (4, 12))
+    labels = ids if kind == "llama" else torch.tensor([0, 1, 0, 1])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    cost = probe(model, batch, lambda b: model(**b).loss)
+    model.train()
+    assert cost["activations"] == saved_bytes(model, lambda: model(**batch).loss)
+    assert cost["train_step"] == flops(lambda: model(**batch).loss.backward())
+    with torch.no_grad():
+        assert cost["forward"] == flops(lambda: model(**batch).loss)
