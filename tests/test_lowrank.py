@@ -13,7 +13,6 @@ from bench.model import load_trained_state, trained_state, weights
 from bench.random_models import random_model
 from methods import METHODS, Adapted, Unsupported, nola
 from methods.pissa import principal
-from tests.test_counts import SHAPES, trained
 from tests.test_methods import applied, batch_of, learn, logits, perturb
 from tests.test_parity import TOLERANCE, doubled
 
@@ -33,41 +32,6 @@ def one_layer(name: str, dtype: torch.dtype = torch.float32, **fields) -> Adapte
     METHODS[name](**fields, targets="0").apply(model, iter(()))
     perturb(model)
     return model[0]
-
-
-# Counts
-
-COUNTS = {
-    "pissa": lambda d, kv: 8 * (d + d + d + kv),
-    "lora_freeze_a": lambda d, kv: 8 * (d + kv),
-    "lora_xs": lambda d, kv: 2 * 25**2,
-    "svfit": lambda d, kv: 2 * 768,
-    "vera": lambda d, kv: 2 * 1024 + d + kv,
-    "nola": lambda d, kv: 2 * (1024 + 1024),
-    "miss": lambda d, kv: 64 * (d + kv),
-    "oft": lambda d, kv: 2 * d * 31 // 2,
-}
-
-
-@new
-@pytest.mark.parametrize("shape", SHAPES)
-def test_count_is_the_formula_of_the_paper(name, shape):
-    s = SHAPES[shape]
-    assert trained(shape, METHODS[name]()) == s["L"] * COUNTS[name](s["d"], s["kv"])
-
-
-@pytest.mark.parametrize(
-    "name, fields, count",
-    [
-        ("vera", {}, 43_008),  # table 2 of the paper
-        ("lora_freeze_a", {"rank": 16}, 294_912),  # LoRA's at rank 8
-        ("nola", {"rank": 1}, 49_152),  # whatever the rank
-        ("svfit", {}, 294_912 // 16),  # "16 times fewer"
-        ("miss", {"form": "bat"}, 1_179_648),
-    ],
-)
-def test_known_counts(name, fields, count):
-    assert trained("roberta-base", METHODS[name](**fields)) == count
 
 
 # Parity with peft, from a state that is not the start

@@ -14,7 +14,7 @@ from bench.train import Loop
 from methods import METHODS, Unsupported
 from methods.galore import GaLoreAdamW
 from methods.mezo import MeZOSGD
-from tests.test_counts import build, trained
+from tests.test_counts import build
 from tests.test_methods import batch_of, perturb
 from tests.test_parity import TOLERANCE, doubled
 from tests.test_train import Batches
@@ -127,13 +127,6 @@ def test_lora_plus_at_ratio_one_is_lora():
             loop.step([Batches()[i]])
         ends.append(trained_state(loop.model))
     torch.testing.assert_close(*ends, rtol=0, atol=0)
-
-
-def test_counts_are_those_of_what_is_trained():
-    assert trained("roberta-base", METHODS["lora_plus"]()) == 294_912
-    everything = trained("roberta-base", METHODS["full_ft"]())
-    for name in ("galore", "mezo"):
-        assert trained("roberta-base", METHODS[name]()) == everything
 
 
 # GaLore

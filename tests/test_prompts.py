@@ -9,16 +9,10 @@ from torch import nn
 
 from bench.random_models import random_model
 from methods import METHODS, Unsupported
-from tests.test_counts import trained
 from tests.test_methods import applied, batch_of, logits, perturb
 from tests.test_parity import TOLERANCE, compare, doubled
 
 VPT = ("vpt_shallow", "vpt_deep")
-
-
-@pytest.mark.parametrize("name, length, count", [("vpt_shallow", 50, 38_400), ("vpt_deep", 50, 460_800)])
-def test_vpt_counts(name, length, count):
-    assert trained("vit-base", METHODS[name](length=length)) == count
 
 
 def vpt_by_hand(model: nn.Module, name: str) -> tuple[nn.Module, dict[nn.Parameter, nn.Parameter]]:
@@ -100,11 +94,6 @@ def test_visual_prompts_start_uniform_and_survive_a_copy(name):
 def test_visual_prompts_need_a_class_token_among_patches(name, kind):
     with pytest.raises(Unsupported, match="class token"):
         METHODS[name]().apply(random_model(kind), iter(()))
-
-
-def test_prompt_tuning_counts():
-    assert trained("llama-3-8b", METHODS["prompt_tuning"]()) == 409_600
-    assert trained("roberta-base", METHODS["prompt_tuning"](length=20)) == 15_360
 
 
 def prompted(kind: str, size: float = 0.5, **fields):

@@ -13,14 +13,8 @@ from bench.model import trained_state, weights
 from bench.random_models import random_model
 from methods import METHODS, Unsupported
 from methods.hft import categories
-from tests.test_counts import SHAPES, lora, norms, trained
 from tests.test_methods import applied, batch_of, learn, perturb
 from tests.test_parity import TOLERANCE, compare, doubled
-
-
-@pytest.mark.parametrize("shape, count", [("roberta-base", 38_400), ("vit-base", 38_400), ("llama-3-8b", 266_240)])
-def test_ln_tuning_trains_the_norms_alone(shape, count):
-    assert trained(shape, METHODS["ln_tuning"]()) == count == norms(SHAPES[shape], shape)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "vit"])
@@ -59,15 +53,6 @@ def test_telly_freezes_embeddings_and_bottom_blocks(kind):
     learn(METHODS["telly"](blocks=1), model, batch_of(kind), 1e-3, steps=2)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
     assert moved == {n for n, p in model.named_parameters() if p.requires_grad and p.grad is not None and p.grad.any()}
-
-
-def test_telly_counts_upper_blocks_and_what_follows():
-    block = 4 * (768**2 + 768) + 2 * 768 * 3072 + 768 + 3072 + 4 * 768
-    assert trained("roberta-base", METHODS["telly"](blocks=5)) == 7 * block
-    assert trained("roberta-base", METHODS["telly"](blocks=0)) == 12 * block
-    assert trained("vit-base", METHODS["telly"](blocks=11)) == block + 2 * 768
-    with pytest.raises(Unsupported, match="below 12"):
-        trained("roberta-base", METHODS["telly"](blocks=12))
 
 
 def bert(layers: int) -> nn.Module:
@@ -119,12 +104,6 @@ def test_hft_freezes_half_of_every_category(kind):
         assert sorted(ffn) == [1, 2]  # of three matrices half of the blocks freeze one more
 
 
-def test_hft_counts_half():
-    share = trained("roberta-base", METHODS["hft"]()) - (50265 + 514 + 1 + 2) * 768
-    block = 4 * (768**2 + 768) + 2 * 768 * 3072 + 768 + 3072 + 4 * 768
-    assert abs(share / (12 * block) - 0.5) < 0.001  # the FFN's two biases differ in size
-
-
 def test_hft_rounds_differ_and_what_rests_stays_to_the_bit():
     method, model = applied("hft", "bert", rounds=3)
     batch, steps = batch_of("bert"), 9
@@ -157,9 +136,7 @@ def test_hft_goes_on_with_the_same_half():
     assert {n: (p.requires_grad, getattr(p, "resting", False)) for n, p in fresh.named_parameters()} == state
 
 
-def test_apet_counts_exactly_as_many_as_lora():
-    for shape, sizes in SHAPES.items():
-        assert trained(shape, METHODS["apet"]()) == lora(sizes)
+def test_apet_counts_what_it_is_told():
     for count in (1, 777, 12_345, 16_000):
         _, model = applied("apet", "bert", parameters=count)
         values = [m for m in model.modules() if hasattr(m, "values") and hasattr(m, "index")]
@@ -246,3 +223,8 @@ def test_apet_keeps_no_dense_matrix():
 def test_wrong_fields_are_refused(name, fields):
     with pytest.raises(ValueError, match=str(next(iter(fields.values())))):
         METHODS[name](**fields)
+
+
+def test_telly_leaves_a_block_to_train():
+    with pytest.raises(Unsupported, match="below 2"):
+        METHODS["telly"](blocks=2).apply(random_model("bert"), iter(()))
