@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.columns import COSTS
-from bench.record import STATUSES, Record
+from bench.record import STATUSES, TASK_FACTS, Record
 
 _NUMBERS = ("metrics", "memory", "time", "flops", "energy", "spectra")
 _NOT_SETTINGS = (
@@ -123,6 +123,8 @@ def _derived(record: Record) -> dict[str, Any]:
     environment, data = record.environment, record.data
     prints = data.get("fingerprints")
     settings = {k: v for k, v in record.config.items() if k not in _NOT_SETTINGS}
+    if isinstance(task := settings.get("task"), dict):
+        settings["task"] = {k: v for k, v in task.items() if k not in TASK_FACTS}
     return {
         "source": "paretune",
         "protocol": data.get("protocol"),

@@ -11,7 +11,9 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,13 @@ _NOT_IDENTITY = (
     "name",
     "save_state",
     "spectra",
+    "isolate",
+    "lease",
+    "cells_per_gpu",
 )
+PART = ".part"  # the end of a file's name that is being written
+
+TASK_FACTS = ("sizes", "suite", "group")  # of a task's configuration: what is known about the data, deciding no number
 
 
 @dataclass
@@ -95,23 +103,32 @@ def identity(config: dict[str, Any], data: dict[str, Any]) -> str:
     Where results go, which machine trains, how often it writes checkpoints and how it is tracked do not change the id.
     """
     kept = {k: v for k, v in config.items() if k not in _NOT_IDENTITY}
+    if kept.get("test") == "open":  # as before the test split could be locked
+        del kept["test"]
     kept["train"] = {k: v for k, v in config["train"].items() if k != "checkpoint_seconds"}
+    kept["task"] = {k: v for k, v in config["task"].items() if k not in TASK_FACTS}
     kept["data"] = {k: data.get(k) for k in ("standin", "fingerprints")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write through a temporary file in the same folder, so that a killed process leaves the old file or the new."""
+    """Write `text` so that a killed process or a full disk leaves the old file or the new."""
+    with replacing(path) as part:
+        part.write_text(text)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new temporary path beside `path`, which takes its place at the end of the block; after an error it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    part = path.parent / f".{path.name}.{secrets.token_hex(4)}{PART}"
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
+        yield part
+        with open(part, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(part, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 

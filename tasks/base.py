@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from tasks import borrowed, checks
 from tasks import splits as cutting
 from tasks.data import DataConfig, MissingData, Public, public, standin_warning
 
@@ -30,7 +31,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Rows:
-    """The rows of one task: splits `train`, `val`, `test`, each with an int64 column `row_id`, and where they came from."""
+    """The rows of one task: splits `train`, `val`, `test`, and those of `other`, each with an int64 column `row_id`."""
 
     splits: dict[str, Dataset]
     source: dict[str, Any]
@@ -46,12 +47,19 @@ class Task:
     revision: str | None = None  # commit of the hub's repository; null: its main branch
     splits: dict[str, str] = field(default_factory=lambda: {"train": "train", "val": "validation", "test": "test"})
     protocol: str = "official"  # see `tasks/splits.py`: official, leakfree, devset, heldout, threeway, vtab1k
-    holdout: int = 1000  # rows of val under `heldout`, of val and of test under `threeway`
+    holdout: int = 1000  # rows (or units) of val under `heldout`, of val and of test under `threeway`
+    unit: str | None = None  # column (or column.key) whose rows of the same value stay together in one split
     limit: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(cutting.SPLITS))  # rows, at most
     shots: int | None = None  # few-shot: so many training rows per class, drawn by the seed of the run
+    other: dict[str, Any] = field(default_factory=dict)  # tasks whose rows it takes, by split; see `tasks/borrowed.py`
+    made_from: str | None = None  # for an `other.train`: the column that holds the text which a row was made from
+    overlaps: list[str] = field(default_factory=list)  # data sets (path/name) that share rows with this one
     metric: str = MISSING  # the headline: a key of `score`; higher is better
     standin: str = MISSING  # generator of `tasks/standin.py` for machines that cannot have the real rows
     licence: str = "see the data set's card"
+    sizes: dict[str, int] = field(default_factory=dict)  # rows of the public splits under their own names, as published
+    suite: str | None = None  # what the task is a member of: vtab, glue, ...; its average is `analysis.suites`
+    group: str | None = None  # the part of the suite
 
     kind: ClassVar[str]
     phase: ClassVar[str] = "eval"  # what an evaluation's seconds and memory are booked as: eval or generation
@@ -60,12 +68,33 @@ class Task:
     metrics: ClassVar[tuple[str, ...]] = ()  # what `metric` may be
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a protocol, split or metric that does not exist."""
+        """Raises ValueError for a protocol, split or metric that does not exist, or another kind of task in `other`."""
         choose("task.protocol", self.protocol, cutting.PROTOCOLS)
         choose("task.metric", self.metric, self.metrics)
         for given in (self.splits, self.limit):
             for split in given:
                 choose("task.splits and task.limit", split, cutting.SPLITS)
+        if self.protocol == "fewshot" and self.shots is None:
+            raise ValueError("task.protocol=fewshot needs task.shots, the training rows per class")
+        for split, other in self.other.items():
+            if split in ("val", "test") or not isinstance(other, (dict, type(self))):
+                raise ValueError(f"task.other.{split}: takes train or a new name, and a task of kind {self.kind!r}")
+        self.other = {s: type(self)(**o) if isinstance(o, dict) else o for s, o in self.other.items()}
+
+    def task_of(self, split: str) -> Any:
+        """The task whose templates and metrics the rows of `split` have: this one, or the one in `other`."""
+        return self.other.get(split, self)
+
+    def scored(self) -> list[str]:
+        """The splits that are scored once, at the selected checkpoint."""
+        return ["test", *(split for split in self.other if split != "train")]
+
+    def expected(self) -> dict[str, int] | None:
+        """Rows of train, val and test as the protocol cuts the published `sizes`; None where those are not known."""
+        if self.unit or self.other or self.shots or not set(self.splits.values()) <= set(self.sizes):
+            return None
+        chosen, _ = cutting.cut(self.protocol, self.splits, self.sizes, self.holdout)
+        return {s: len(cutting.subset(ids, self.limit.get(s))) for s, ids in chosen.items()}
 
     def options(self, config: Any = None) -> dict[str, Any]:
         """Keyword arguments for `from_pretrained`; `config` is the checkpoint's own."""
@@ -82,6 +111,9 @@ class Task:
     def example(self, rng: Any) -> Row:
         """One generated row with this task's columns, for the stand-in. `rng` is a `random.Random`."""
         raise NotImplementedError
+
+    def check(self, rows: Dataset, split: str) -> None:
+        """Raise ValueError for rows that this kind of task could not score; see `tasks/checks.py` for the rest."""
 
     def encode(self, row: Row, processor: Any) -> Row:
         """One row as lists or arrays of model inputs, with `labels`."""
@@ -107,23 +139,46 @@ class Task:
 
         Raises MissingData where `data.mode` is `real` and nothing can be had, ValueError for rows without labels.
         """
-        found = self._public(data)
-        sizes = {name: len(rows) for name, rows in found.splits.items()}
+        found = self.public(data)
+        splits, protocol = self._cut(found, seed)
+        extra = {}
+        if self.other:
+            more, extra = borrowed.borrow(self, found, splits, data)
+            splits |= more
+        self._check(splits)
+        counts = checks.check(self, splits)
+        return Rows(splits, self._source(found, splits, protocol) | {"counts": counts, "other": extra})
+
+    def _cut(self, found: Public, seed: int) -> tuple[dict[str, Dataset], str]:
+        """Train, val and test under the protocol, and a sentence that says so."""
+        units = {name: self._units(rows) for name, rows in found.splits.items() if name in self.splits.values()}
+        sizes = {name: len(units.get(name, rows)) for name, rows in found.splits.items()}
         chosen, protocol = cutting.cut(self.protocol, self.splits, sizes, self.holdout)
         offsets = cutting.offsets(self.splits)
         splits = {}
-        for split, indices in chosen.items():
+        for split, positions in chosen.items():
             name = self.splits[split]
-            ids = [offsets[name] + i for i in indices]
-            keep = cutting.subset(ids, self.limit.get(split))
-            splits[split] = self._select(found.splits[name], [indices[k] for k in keep], [ids[k] for k in keep])
+            parts = [units[name][k] for k in positions]
+            ids = [offsets[name] + part[0] for part in parts]
+            keep = cutting.subset(ids, self.limit.get(split), [len(part) for part in parts])
+            indices = sorted(i for k in keep for i in parts[k])
+            splits[split] = self.select(found.splits[name], indices, [offsets[name] + i for i in indices])
+        if self.unit is not None:
+            protocol += f"; what is cut are groups of rows with the same {self.unit}"
         if self.shots is not None:
-            splits["train"] = self._few(splits["train"], seed)
             protocol += f"; {self.shots} training rows per class drawn by the seed of the run"
-        self._check(splits)
-        return Rows(splits, self._source(found, splits, protocol))
+            splits |= self._few(splits["train"], self.shots, seed)
+        return splits, protocol
 
-    def _public(self, data: DataConfig) -> Public:
+    def _units(self, rows: Dataset) -> list[list[int]]:
+        """Positions of rows that stay together: each alone without `unit`."""
+        if self.unit is None:
+            return [[i] for i in range(len(rows))]
+        column, _, key = self.unit.partition(".")
+        return cutting.together([borrowed.plain(v[key] if key else v) for v in rows[column]])
+
+    def public(self, data: DataConfig) -> Public:
+        """The public splits, or generated ones where `data.mode` allows it. Raises MissingData."""
         if data.mode != "standin":
             try:
                 return public(self, data)
@@ -135,7 +190,8 @@ class Task:
 
         return standin.generate(self)
 
-    def _select(self, rows: Dataset, indices: list[int], ids: list[int]) -> Dataset:
+    def select(self, rows: Dataset, indices: list[int], ids: list[int]) -> Dataset:
+        """The rows at `indices` with the columns that the task reads and `ids` as `row_id`."""
         import numpy as np
 
         missing = [c for c in self.columns() if c not in rows.column_names]
@@ -146,17 +202,13 @@ class Task:
         whole[indices] = ids
         return rows.add_column("row_id", whole).select(indices)  # type: ignore[arg-type, call-arg]
 
-    def _few(self, rows: Dataset, seed: int) -> Dataset:
+    def _few(self, rows: Dataset, shots: int, seed: int) -> dict[str, Dataset]:
         target = self.target()
-        classes = rows[target] if target else [0] * len(rows)
-        assert self.shots is not None
-        taken: dict[Any, int] = {}
-        keep = []
-        for i in cutting.shuffled(len(rows), seed):
-            if taken.setdefault(classes[i], 0) < self.shots:
-                taken[classes[i]] += 1
-                keep.append(i)
-        return rows.select(sorted(keep))
+        train, val = cutting.draw(rows[target] if target else [0] * len(rows), shots, seed)
+        few = {"train": rows.select(train)}
+        if self.protocol == "fewshot":
+            few["val"] = rows.select(val)
+        return few
 
     def _check(self, splits: dict[str, Dataset]) -> None:
         ids = {s: set(rows["row_id"]) for s, rows in splits.items()}
@@ -166,13 +218,6 @@ class Task:
         shared = {(a, b) for a, b in cutting.PAIRS if ids[a] & ids[b]}
         if shared - ({("val", "test")} if self.protocol == "devset" else set()):
             raise ValueError(f"{self.path}/{self.name}: {shared} share rows under the protocol {self.protocol!r}")
-        target = self.target()
-        for split, rows in splits.items():
-            if target and min(rows[target]) < 0:
-                raise ValueError(
-                    f"{self.path}/{self.name}: the public split {self.splits[split]!r} has rows without a label, so it "
-                    f"cannot be {split}; cut it from another split, for example task.protocol=leakfree"
-                )
 
     def _source(self, found: Public, splits: dict[str, Dataset], protocol: str) -> dict[str, Any]:
         limit = {split: rows for split, rows in self.limit.items() if rows is not None}
@@ -181,8 +226,11 @@ class Task:
             "name": self.name,
             "licence": self.licence if not found.source["standin"] else "generated",
             "version": self.version,
+            "suite": self.suite,
+            "group": self.group,
             "protocol": protocol,
             "limit": f"{limit}: the rows first in the order of {cutting.RULE}" if limit else None,
+            "overlaps": self.overlaps,
             "rows": {s: len(rows) for s, rows in splits.items()},
             "fingerprints": {s: fingerprint(rows) for s, rows in splits.items()},
         }

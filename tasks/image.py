@@ -21,6 +21,7 @@ class Image(Classification):
     labels: int = 10
     size: int = 32  # pixels a side in the public set; the stand-in's images have it too, up to 64
     grey: bool = False
+    standin: str = "texture"
 
     kind: ClassVar[str] = "image"
     model_class: ClassVar[str] = "AutoModelForImageClassification"

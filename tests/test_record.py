@@ -12,6 +12,7 @@ from bench.record import SCHEMA, STATUSES, Record, identity, json_schema, write_
 
 CONFIG = {
     "method": {"rank": 8},
+    "task": {"version": 1, "sizes": {"train": 9}, "suite": None, "group": None},
     "train": {"lr": 1e-3, "checkpoint_seconds": 60.0},
     "seed": 0,
     "results": "a",
@@ -79,6 +80,8 @@ def test_identity_is_of_what_decides_the_numbers():
         == same
     )
     assert identity(CONFIG | {"train": {"lr": 1e-3, "checkpoint_seconds": None}}, data) == same
+    assert identity(CONFIG | {"task": {"version": 1}}, data) == same  # what is known about the data decides no number
+    assert identity(CONFIG | {"task": {"version": 2}}, data) != same
     for other in (CONFIG | {"seed": 1}, CONFIG | {"method": {"rank": 4}}, CONFIG | {"train": {"lr": 2e-3}}):
         assert identity(other, data) != same
     assert identity(CONFIG, data | {"standin": True}) != same
