@@ -27,6 +27,7 @@ _NOT_SETTINGS = (
     "threads",
     "save_state",
     "spectra",
+    "test",
 )
 _FIELDS = {f.name: str(f.type) for f in dataclasses.fields(Record)}
 NESTED = [name for name, kind in _FIELDS.items() if kind.startswith("dict")]

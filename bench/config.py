@@ -81,6 +81,7 @@ class Config:
     results: str = "results"
     save_state: bool = True  # keep the trained parameters beside the record
     spectra: bool = False  # after scoring: what happened to the singular vectors of every weight, spectra.parquet
+    test: str = "open"  # open; locked: never read (trials of tuning); selected: only for what val has chosen on record
     force: bool = False  # run again what is done
     name: str | None = None  # of the experiment: groups runs in tables and in W&B
     wandb: str = "auto"  # auto: online where a key exists, else offline; online, offline, off
@@ -89,6 +90,7 @@ class Config:
 
     def __post_init__(self) -> None:
         choose("wandb", self.wandb, ("auto", "online", "offline", "off"))
+        choose("test", self.test, ("open", "locked", "selected"))
 
 
 def compose(overrides: list[str]) -> Config:

@@ -105,6 +105,8 @@ def identity(config: dict[str, Any], data: dict[str, Any]) -> str:
     kept = {k: v for k, v in config.items() if k not in _NOT_IDENTITY}
     if kept.get("test") == "open":  # as before the test split could be locked
         del kept["test"]
+    if kept.get("test") == "open":  # as before the test split could be locked
+        del kept["test"]
     kept["train"] = {k: v for k, v in config["train"].items() if k != "checkpoint_seconds"}
     kept["task"] = {k: v for k, v in config["task"].items() if k not in TASK_FACTS}
     kept["data"] = {k: data.get(k) for k in ("standin", "fingerprints")}

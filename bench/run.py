@@ -20,6 +20,7 @@ from bench.config import Config
 from bench.model import counts, trained_state
 from bench.prepare import Prepared, find_device, prepare, seed_everything
 from bench.record import Record, identity
+from bench.selection import unlock
 from bench.session import Costs, Session
 from bench.track import Tracker, track
 from bench.train import Diverged, Interrupted, Loop, Stop, stoppable, to_device
@@ -83,6 +84,7 @@ def _statuses(record: Record, body: Any) -> None:
 
 
 def _run(record: Record, config: Config, rows: Rows, tracker: Tracker, stop: Stop) -> None:
+    unlock(config, rows)
     device = find_device(config)
     record.environment = measure.environment(device)
     costs = Costs(device)
@@ -103,7 +105,7 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Tracker, stop: Sto
     record.metrics = {f"{split}/{k}": v for split, (_, metrics) in scored.items() for k, v in metrics.items()}
     record.metrics |= {f"last_val/{k}": v for k, v in loop.progress.last_metrics.items()}
     record.steps, record.metric = loop.progress.step, ready.task.metric
-    record.score = record.metrics[f"test/{ready.task.metric}"]
+    record.score = record.metrics.get(f"test/{ready.task.metric}")  # none while the test split is locked
     record.time, record.energy = measure.times(costs.phases, costs.steps), costs.energy.read()
     record.flops = _flops(cost, loop, batches, config)
     save_results(session.folder, {split: table for split, (table, _) in scored.items()}, ready, config)

@@ -91,7 +91,8 @@ class Session:
                 method.finish(self.ready.model)
                 finished = True
                 val = None if final else self.scored.get(record.selected_step)  # unchanged since: not scored twice
-                return {"val": val or self.score("val"), "test": self.score("test")}
+                scored = {"val": val or self.score("val")}
+                return scored | ({"test": self.score("test")} if "test" in self.ready.encoded else {})
         except Interrupted:
             if not (final and finished):
                 self.save()

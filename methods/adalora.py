@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.base import Adapted, register
+from methods.base import Adapted, register, searched
 from methods.lora import LoRA, LoRALinear
 
 FACTORS = ("A", "B", "E")
@@ -84,7 +84,7 @@ class AdaLoRA(LoRA):
     interval: int = 10  # table 8: 1, 10 or 100
     beta1: float = 0.85
     beta2: float = 0.85
-    orthogonal: float = 0.1  # gamma; .3 for RTE, .5 for CoLA
+    orthogonal: float = searched(0.1, (0.1, 0.3, 0.5))  # gamma; .3 for RTE, .5 for CoLA
 
     def __post_init__(self) -> None:
         super().__post_init__()

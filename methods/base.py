@@ -7,8 +7,8 @@ paper says. The smallest complete method is `bitfit.py`, the usual low-rank one 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -31,6 +31,7 @@ class Method:
     """The protocol. Only `apply` is required."""
 
     lr: ClassVar[float] = 1e-3  # learning rate of the paper's recipe, taken where `train.lr` is null
+    lr_range: ClassVar[tuple[float, float] | None] = None  # that tuning searches; null: a tenth to ten times `lr`
     family: ClassVar[str] = (
         ""  # for the table of methods, as the three below: reference, selective, low-rank, adapter, ...
     )
@@ -111,6 +112,16 @@ def register(cls: M) -> M:
     METHODS[name] = cls
     ConfigStore.instance().store(group="method", name=name, node=cls)
     return cls
+
+
+def searched(
+    default: Any, choices: Sequence[Any] = (), *, low: float | None = None, high: float | None = None, log: bool = True
+) -> Any:
+    """A field with this default that tuning searches beside the learning rate: among `choices`, or from `low` to `high`.
+
+    At most one per method, so that no method has more to choose from than another; where the paper searched, its values.
+    """
+    return field(default=default, metadata={"choices": tuple(choices), "range": (low, high), "log": log})
 
 
 def trains(p: nn.Parameter) -> bool:

@@ -23,6 +23,7 @@ class BitFit(Method):
     """
 
     lr: ClassVar[float] = 4e-4  # appendix A.2: 1e-4, 4e-4, 7e-4 or 1e-3
+    lr_range: ClassVar[tuple[float, float] | None] = (1e-4, 1e-3)
     family: ClassVar[str] = "selective"
     acts: ClassVar[str] = "biases"
     formula: ClassVar[str] = "the biases that exist"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.architectures import role
-from methods.base import Adapted, Batch, Method, Unsupported, adapt_linears, new_parameter, register
+from methods.base import Adapted, Batch, Method, Unsupported, adapt_linears, new_parameter, register, searched
 from methods.houlsby import ACTIVATIONS, SerialAdapter, check_bottleneck
 
 
@@ -72,7 +72,7 @@ class Compacter(Method):
     formula: ClassVar[str] = "n^3 + 6 L (d + b), and the norms"
     neutral: ClassVar[bool] = False  # near the pretrained model: A of standard deviation `init_std`
 
-    reduction: int = 32  # width of the bottleneck is d / reduction; the paper searches 8, 16, 32
+    reduction: int = searched(32, (8, 16, 32))  # width of the bottleneck is d / reduction; the paper searches 8, 16, 32
     n: int = 4  # searched: 4, 8, 12
     activation: str = "gelu"
     init_std: float = 1e-4  # of A

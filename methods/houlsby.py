@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.architectures import role
-from methods.base import Adapted, Batch, Method, adapt_linears, new_parameter, register
+from methods.base import Adapted, Batch, Method, adapt_linears, new_parameter, register, searched
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
@@ -72,7 +72,7 @@ class Houlsby(Method):
     formula: ClassVar[str] = "L (4 d b + 2 b + 2 d) + norms"
     neutral: ClassVar[bool] = False  # near the pretrained model: weights of standard deviation `init_std`
 
-    width: int = 64  # section 3.1: 8, 64 or 256
+    width: int = searched(64, (8, 64, 256))  # section 3.1: 8, 64 or 256
     activation: str = "gelu"
     init_std: float = 1e-2  # section 3.6
     layer_norm: bool = True  # train the norms too, 2 d parameters each

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from methods.architectures import role
-from methods.base import Part, Unsupported, register, rest, trains
+from methods.base import Part, Unsupported, register, rest, searched, trains
 
 
 def trained_layers(model: nn.Module) -> list[list[nn.Parameter]]:
@@ -43,7 +43,8 @@ class LISA(Part):
     formula: ClassVar[str] = "all; at a time embeddings, head and gamma of L layers"
     mergeable: ClassVar[bool] = True  # in place
 
-    layers: int = 2  # gamma; 2 in the paper and in the official arguments, 1 in the official scripts
+    # gamma; 2 in the paper and in the official arguments, 1 in the official scripts
+    layers: int = searched(2, (1, 2, 4))
     every: int = 20  # K
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from methods.base import Method, Part, Unsupported, register, trains
+from methods.base import Method, Part, Unsupported, register, searched, trains
 from methods.lora import LoRA
 
 
@@ -28,7 +28,7 @@ class LoRAPlus(Part):
     oracle: ClassVar[str] = "peft"
     mergeable: ClassVar[bool] = True
 
-    ratio: float = 16.0  # section 5: 2^4
+    ratio: float = searched(16.0, low=4.0, high=64.0)  # section 5: 2^4; searched: around it
 
     def __post_init__(self) -> None:
         if self.ratio <= 0:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.architectures import role
-from methods.base import Added, Batch, Method, Unsupported, new_parameter, placement, register
+from methods.base import Added, Batch, Method, Unsupported, new_parameter, placement, register, searched
 from methods.pruned_start import fisher, magnitude, start_blocks
 
 STACKS = ("bert", "roberta", "distilbert", "vit", "deit", "llama", "qwen2", "qwen3", "gpt2")
@@ -137,7 +137,7 @@ class LST(Method):
     formula: ClassVar[str] = "blocks of width d / k, and (L + 2) ladders d^2 / k"
     neutral: ClassVar[bool] = False  # the head reads the side network
 
-    reduction: int = 8  # k
+    reduction: int = searched(8, (4, 8, 16))  # k; searched: around it
     drop: int = 4  # every so many-th side block is left out, from the first on (T5-base); 0 keeps all
     temperature: float = 0.1  # T
     start: str = "fisher"  # of the side blocks: pruned by Fisher information or `magnitude`, or `random`

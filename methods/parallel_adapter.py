@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from methods.architectures import role
-from methods.base import Batch, Method, Unsupported, register
+from methods.base import Batch, Method, Unsupported, register, searched
 from methods.houlsby import Bottleneck, check_bottleneck
 
 
@@ -49,7 +49,7 @@ class ParallelAdapter(Method):
     formula: ClassVar[str] = "L (2 d b + b + d)"
 
     width: int = 512  # section 4.6; the paper's small setting for classification is 16
-    scale: float = 4.0  # section 4.5
+    scale: float = searched(4.0, (1.0, 2.0, 4.0, 8.0))  # section 4.5; searched: around it
     activation: str = "relu"
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from methods.architectures import role
-from methods.base import Adapted, Batch, Method, Unsupported, register
+from methods.base import Adapted, Batch, Method, Unsupported, register, searched
 from methods.houlsby import Bottleneck, check_bottleneck
 
 POST_NORM = r"layer\.\d+\.(output\.LayerNorm|output_layer_norm)$"  # where a block ends in a norm: BERT and its heirs
@@ -49,7 +49,8 @@ class Pfeiffer(Method):
     formula: ClassVar[str] = "L (2 d b + b + d)"
     neutral: ClassVar[bool] = False  # near the pretrained model: weights of standard deviation `init_std`
 
-    width: int = 48  # a sixteenth of 768, the reduction factor of task adapters
+    # a sixteenth of 768, the reduction factor of task adapters; searched: a quarter, four times
+    width: int = searched(48, (12, 48, 192))
     activation: str = "relu"
     init_std: float = 1e-2
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.architectures import role
-from methods.base import Batch, Method, Unsupported, new_parameter, register
+from methods.base import Batch, Method, Unsupported, new_parameter, register, searched
 
 
 class Prefix(nn.Module):
@@ -98,7 +98,7 @@ class PrefixTuning(Method):
     formula: ClassVar[str] = "2 L p d_kv stored; its MLP besides while training"
     neutral: ClassVar[bool] = False  # a prefix takes attention from the text at once
 
-    length: int = 10  # section 6.1, table-to-text
+    length: int = searched(10, (5, 10, 20, 40))  # section 6.1, table-to-text; searched: around it
     hidden: int | None = 512
 
     def __post_init__(self) -> None:

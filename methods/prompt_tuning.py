@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.base import Batch, Method, Unsupported, new_parameter, register
+from methods.base import Batch, Method, Unsupported, new_parameter, register, searched
 
 STARTS = ("vocabulary", "random")
 
@@ -89,7 +89,7 @@ class PromptTuning(Method):
     oracle: ClassVar[str] = "peft"
     neutral: ClassVar[bool] = False  # a prompt takes attention from the text at once
 
-    length: int = 100  # section 3.2
+    length: int = searched(100, (1, 5, 20, 100, 150))  # section 3.2
     start: str = "vocabulary"  # embeddings of sampled tokens, or random in [-0.5, 0.5]; the paper prefers class names
     vocabulary: int = 5000  # sampled are the first so many tokens, T5's most common ones
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.base import Adapted, register
+from methods.base import Adapted, register, searched
 from methods.lora import LoRA, LoRALinear
 
 BLOCK, SCALES = 64, 256  # weights per scale; scales per scale of scales (section 3)
@@ -126,7 +126,7 @@ class QLoRA(LoRA):
 
     rank: int = 64  # this and all below: appendix B
     alpha: float = 16.0
-    dropout: float = 0.1
+    dropout: float = searched(0.1, (0.0, 0.05, 0.1))
     targets: str = "all_linear"
 
     def layer(self, base: nn.Linear) -> Adapted:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.base import Adapted, register
+from methods.base import Adapted, register, searched
 from methods.lora import LoRA, LoRALinear
 
 
@@ -73,7 +73,8 @@ class SoRA(LoRA):
     oracle: ClassVar[str] = "closed form"
 
     targets: str = "all_linear"
-    threshold: float = 3e-4  # lambda; released script, STS-B; up to 7e-4 for RTE
+    # lambda; released script, STS-B; up to 7e-4 for RTE; searched: around both
+    threshold: float = searched(3e-4, low=1e-4, high=1e-3)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.base import Adapted, Batch, Method, adapt_linears, new_parameter, placement, register
+from methods.base import Adapted, Batch, Method, adapt_linears, new_parameter, placement, register, searched
 
 
 class Shared(nn.Module):
@@ -67,7 +67,7 @@ class VeRA(Method):
     mergeable: ClassVar[bool] = True
 
     rank: int = 1024
-    d_initial: float = 0.1
+    d_initial: float = searched(0.1, (1e-7, 0.1, 1.0))
     dropout: float = 0.0
     targets: str = "query_value"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.architectures import role
-from methods.base import Batch, Method, Unsupported, new_parameter, register
+from methods.base import Batch, Method, Unsupported, new_parameter, register, searched
 
 
 class VisualPrompt(nn.Module):
@@ -55,7 +55,7 @@ class VPTShallow(Method):
     formula: ClassVar[str] = "p d"
     neutral: ClassVar[bool] = False  # prompts take attention from the patches at once
 
-    length: int = 50  # table 1 searches 1, 5, 10, 50, 100, 200
+    length: int = searched(50, (1, 5, 10, 50, 100, 200))  # table 1 searches 1, 5, 10, 50, 100, 200
     dropout: float = 0.0  # searched: 0 or 0.1
 
     def __post_init__(self) -> None:
