@@ -7,6 +7,8 @@ Every draw is fixed: an order by SHA-256 that depends on no seed of a run, no li
 from __future__ import annotations
 
 import hashlib
+from itertools import accumulate
+from typing import Any
 
 SPLITS = ("train", "val", "test")
 PAIRS = (("train", "val"), ("train", "test"), ("val", "test"))
@@ -17,6 +19,7 @@ PROTOCOLS = {
     "devset": "val and test are both the whole public development set: comparable with old papers, selected on test",
     "heldout": "val is `holdout` rows of the public training split, test the public test split",
     "threeway": "val and test are `holdout` rows each of the one public split that all three are cut from",
+    "fewshot": "train and val are each `shots` rows per class of the public training split, test its development set",
     "vtab1k": "train: the first 800 rows, val: the first 200 of the last tenth of public train; test: public test",
 }
 STRIDE = 10_000_000  # ids of one public split lie below those of the next
@@ -26,7 +29,7 @@ BIG, BIG_VAL = 2000, 1000
 def cut(protocol: str, splits: dict[str, str], sizes: dict[str, int], holdout: int) -> tuple[dict[str, list[int]], str]:
     """Indices into the public splits for train, val and test, in ascending order, and a sentence for the record.
 
-    Raises ValueError where the public splits are missing, too small, or not named as the protocol needs.
+    Under `fewshot` train and val are both the whole training split: `draw` then takes few rows of it for each. Raises ValueError where the public splits are missing, too small, or not named as the protocol needs.
     """
     for ours, theirs in splits.items():
         if theirs not in sizes:
@@ -56,11 +59,41 @@ def shuffled(n: int, seed: int = 0) -> list[int]:
     return sorted(range(n), key=lambda i: _key(i, seed))
 
 
-def subset(ids: list[int], size: int | None) -> list[int]:
-    """Positions of `size` ids, ascending: the first in the order of the ids' hashes, so that smaller nests in larger."""
-    if size is None or size >= len(ids):
+def subset(ids: list[int], size: int | None, rows: list[int] | None = None) -> list[int]:
+    """Positions of `size` ids, ascending: the first in the order of the ids' hashes, so that smaller nests in larger.
+
+    With `rows`, how many rows each id stands for: as many ids as have `size` rows at most, but one at least.
+    """
+    rows = rows or [1] * len(ids)
+    if size is None or size >= sum(rows):
         return list(range(len(ids)))
-    return sorted(sorted(range(len(ids)), key=lambda k: _key(ids[k], 0))[:size])
+    order = sorted(range(len(ids)), key=lambda k: _key(ids[k], 0))
+    fit = sum(total <= size for total in accumulate(rows[k] for k in order))
+    return sorted(order[: max(1, fit)])
+
+
+def draw(classes: list[Any], shots: int, seed: int) -> tuple[list[int], list[int]]:
+    """Positions of `shots` rows per class and of as many others, each ascending, in an order that `seed` shuffles.
+
+    As LM-BFF draws its training and development rows (Gao et al. 2021, arXiv 2012.15723). Raises ValueError for a class
+    with fewer than `shots` rows; the second draw is empty where a class has fewer than twice as many.
+    """
+    of: dict[Any, list[int]] = {}
+    for i in shuffled(len(classes), seed):
+        of.setdefault(classes[i], []).append(i)
+    if scarce := {c: len(rows) for c, rows in of.items() if len(rows) < shots}:
+        raise ValueError(f"task.shots={shots}, but these classes have fewer training rows: {scarce}")
+    first = sorted(i for rows in of.values() for i in rows[:shots])
+    enough = all(len(rows) >= 2 * shots for rows in of.values())
+    return first, sorted(i for rows in of.values() for i in rows[shots : 2 * shots]) if enough else []
+
+
+def together(units: list[Any]) -> list[list[int]]:
+    """Positions with the same value of `units`, in the order in which values come first."""
+    of: dict[Any, list[int]] = {}
+    for i, unit in enumerate(units):
+        of.setdefault(unit, []).append(i)
+    return list(of.values())
 
 
 def offsets(splits: dict[str, str]) -> dict[str, int]:
