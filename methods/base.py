@@ -40,6 +40,7 @@ class Method:
     oracle: ClassVar[str] = "closed form"  # the independent implementation that the tests compare with
     mergeable: ClassVar[bool] = False  # its change can be folded into the pretrained weights
     neutral: ClassVar[bool] = True  # starts as exactly the pretrained model; False is a declared exception
+    untrained: ClassVar[bool] = False  # True: nothing is trained, a run goes straight to scoring
     backward: ClassVar[bool] = True  # False: its optimizer asks for losses alone, so that no gradient is ever computed
 
     def apply(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
@@ -55,7 +56,12 @@ class Method:
 
         It holds what rests too, which it cannot move while that has no gradient.
         """
-        return torch.optim.AdamW([p for p in model.parameters() if trains(p)], lr, weight_decay=weight_decay)
+        adam = torch.optim.AdamW([p for p in model.parameters() if trains(p)], lr, weight_decay=weight_decay)
+        self.follow(model, adam)
+        return adam
+
+    def follow(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Told of the optimizer that will train the model, whoever brings it: for what draws layers or drops state."""
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """A term added to the task loss."""

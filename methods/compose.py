@@ -17,8 +17,9 @@ from methods.base import METHODS, Batch, Method, Part, Unsupported, register
 class Compose(Method):
     """`parts` maps names of methods to their fields, in the order in which they are applied.
 
-    `method=compose method.parts={dora: {rank: 4}, lora_plus: {}}`: what the first ones train, a `Part` (optimizer,
-    schedule of layers) acts on. The learning rate is that of the part that brings the optimizer, else of the first.
+    `method=compose method.parts={dora: {rank: 4}, lisa: {}, lora_plus: {}}`: what the first ones train, a `Part`
+    (optimizer, schedule of layers) acts on. One part may bring the optimizer, and its learning rate is that of the run,
+    else that of the first; a schedule follows whichever optimizer there is.
     """
 
     family: ClassVar[str] = "composition"
@@ -52,7 +53,11 @@ class Compose(Method):
         return model
 
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        return (self.trainer or Method()).optimizer(model, lr, weight_decay)
+        chosen = (self.trainer or Method()).optimizer(model, lr, weight_decay)
+        for m in self.members:
+            if m is not self.trainer:
+                m.follow(model, chosen)
+        return chosen
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         return sum(m.penalty(model) for m in self.members)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from methods.architectures import role
-from methods.base import Batch, Method, Unsupported, register, rest, trains
+from methods.base import Batch, Method, Unsupported, register, rest
 
 
 @register
@@ -59,10 +59,8 @@ class HFT(Method):
                 frozen += [layers[i] for i in torch.randperm(len(layers), device="cpu")[:half].tolist()]
         return [p for layer in frozen for p in layer.parameters()]
 
-    def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """AdamW on what rests too, so that its groups are the same in every round."""
-        self._optimizer = torch.optim.AdamW([p for p in model.parameters() if trains(p)], lr, weight_decay=weight_decay)
-        return self._optimizer
+    def follow(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
 
     def after_step(self, model: nn.Module, step: int, steps: int) -> None:
         if step + 1 < steps and (step + 1) * self.rounds // steps != step * self.rounds // steps:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from methods.architectures import role
 from methods.base import Adapted, Method, Part, Unsupported, register
-from methods.lisa import trained_layers, wake
+from methods.lisa import separate_layers, trained_layers, wake
 from methods.lora import LoRA
 
 
@@ -84,6 +84,7 @@ class IST(Part):
         count = len(trained_layers(model))
         if not count or len(adapted_layers(model)) != count:
             raise Unsupported("IST turns the adapters of layers down and off, and here not every layer has its own")
+        separate_layers(model)
         self.scores, self.done = torch.zeros(count), 0
         self.draw(model)
 
@@ -97,11 +98,9 @@ class IST(Part):
         count = max(1, int(share * len(scores)))
         return sorted(torch.multinomial(scores.sigmoid(), count).tolist())
 
-    def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """AdamW; before each of its steps, layers are drawn (and scored where that is due)."""
-        adam = super().optimizer(model, lr, weight_decay)
-        adam.register_step_pre_hook(lambda _, arguments, __: self.before_step(model, arguments[-1]))
-        return adam
+    def follow(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Before each step layers are drawn, and scored where that is due."""
+        optimizer.register_step_pre_hook(lambda _, arguments, __: self.before_step(model, arguments[-1]))
 
     def before_step(self, model: nn.Module, closure: Callable[[], Tensor]) -> None:
         if self.done and self.done % self.every == 0:

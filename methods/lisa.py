@@ -21,6 +21,17 @@ def trained_layers(model: nn.Module) -> list[list[nn.Parameter]]:
     return [parameters for parameters in found if parameters]
 
 
+def separate_layers(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The trained layers, where each can rest without another. Raises `Unsupported` where that is not so."""
+    layers = trained_layers(model)
+    every = [p for parameters in layers for p in parameters]
+    if len({id(p) for p in every}) < len(every):
+        raise Unsupported("layers that share what is trained cannot rest one without another")
+    if any(getattr(p, "resting", False) for p in every):
+        raise Unsupported("another method decides already when a part of these layers trains: compose with one of them")
+    return layers
+
+
 def wake(layers: list[list[nn.Parameter]], active: list[int]) -> None:
     """Let exactly the layers `active` train; the others rest."""
     for i, parameters in enumerate(layers):
@@ -52,7 +63,7 @@ class LISA(Part):
             raise ValueError(f"method.layers={self.layers} and method.every={self.every} must be at least 1")
 
     def attach(self, model: nn.Module) -> None:
-        count = len(trained_layers(model))
+        count = len(separate_layers(model))
         if count < self.layers:
             raise Unsupported(f"LISA draws method.layers={self.layers} layers, and only {count} hold what is trained")
         self.draw(model)
@@ -62,15 +73,14 @@ class LISA(Part):
         self.active = sorted(torch.randperm(len(layers))[: self.layers].tolist())
         wake(layers, self.active)
 
-    def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        self.adam = super().optimizer(model, lr, weight_decay)
-        return self.adam
+    def follow(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
 
     def after_step(self, model: nn.Module, step: int, steps: int) -> None:
         if (step + 1) % self.every == 0:
             self.draw(model)
-            for p in [p for p in self.adam.state if not p.requires_grad]:
-                del self.adam.state[p]
+            for p in [p for p in self._optimizer.state if not p.requires_grad]:
+                del self._optimizer.state[p]
                 p.grad = None
 
     def numbers(self, model: nn.Module) -> dict[str, float]:
