@@ -9,37 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
+    from bench.encoded import Encoded
     from methods.base import Batch
-    from tasks import Task
-
-
-class Encoded:
-    """Rows of one split as model inputs. Text is encoded once and kept; images are encoded each time."""
-
-    def __init__(self, rows: Dataset, task: Task, processor: Any):
-        self.rows, self.task, self.processor = rows, task, processor
-        self._kept: dict[int, dict[str, Any]] = {}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        if i in self._kept:
-            return self._kept[i]
-        encoded = self.task.encode(self.rows[i], self.processor)
-        if "input_ids" in encoded:
-            self._kept[i] = encoded
-        return encoded
-
-    def length(self, i: int) -> int:
-        """Tokens of row `i`; 0 for images, which all have the same size."""
-        return len(self[i]["input_ids"]) if self.task.kind != "image" else 0
-
-    def batch(self, indices: list[int]) -> Batch:
-        """The rows `indices` as one padded batch of tensors."""
-        return self.task.collate([self[i] for i in indices], self.processor)
 
 
 class TrainBatches:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.batches import Encoded, TrainBatches, eval_batches
+from bench.batches import TrainBatches, eval_batches
 from bench.config import Config
+from bench.encoded import Encoded, encode_splits
 from bench.model import build
 from bench.train import Stop, autocast, to_device
 from methods.base import Batch, Method, Unsupported
@@ -54,7 +55,7 @@ class Prepared:
         training = self.model.training
         self.model.eval()
         with torch.inference_mode(), autocast(config.train.precision, self.device):
-            table = self.task.predict(self.model, batches(), self.processor)
+            table = self.task.task_of(split).predict(self.model, batches(), self.processor)
         self.model.train(training)
         return table.sort_values("row_id", ignore_index=True)
 
@@ -64,7 +65,7 @@ def prepare(config: Config, rows: Rows, device: torch.device) -> Prepared:
     seed_everything(config.seed)
     built = build(config.model, config.task)
     model = built.model.to(device)
-    encoded = {split: Encoded(part, config.task, built.processor) for split, part in rows.splits.items()}
+    encoded = encode_splits(rows, config.task, built.processor)
     head = {id(p) for p in model.parameters() if p.requires_grad}
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -75,7 +76,7 @@ def prepare(config: Config, rows: Rows, device: torch.device) -> Prepared:
     ready.model = config.method.apply(model, batches).to(device)
     if config.train.precision == "bf16_full":
         ready.model.to(torch.bfloat16)
-    if not any(p.requires_grad for p in ready.model.parameters()):
+    if not any(p.requires_grad for p in ready.model.parameters()) and not config.method.untrained:
         raise Unsupported(
             "nothing is trained: the method leaves every parameter frozen and the task brings no new head"
         )

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from bench.batches import Encoded, TrainBatches, eval_batches, longest
+from bench.batches import TrainBatches, eval_batches, longest
+from bench.encoded import Encoded
 
 
 class Words:
