@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--base", help="pretrained: folder, .safetensors file, embedded:NAME or hub id")
             command.add_argument("--tuned", help="the same tuned, or the folder of a peft adapter")
             command.add_argument("--json", type=Path, metavar="FILE", help="write all numbers of --base and --tuned")
+            command.add_argument("--k", type=int, default=10, help="leading vectors of each matrix (10)")
             command.add_argument("--root", help="mirror folder of the data, if it is no longer where the runs had it")
             command.add_argument("--device", default="cpu")
     return parser
@@ -170,8 +171,8 @@ def _spectra(args: argparse.Namespace) -> str:
         raise ValueError("give both --base and --tuned, or neither and a folder of runs")
     try:
         if args.base:
-            return of_checkpoints(args.base, args.tuned, args.json, args.device)
-        return of_records(args.runs, args.root, args.device)
+            return of_checkpoints(args.base, args.tuned, args.json, args.device, args.k)
+        return of_records(args.runs, args.root, args.device, args.k)
     except FileNotFoundError as error:
         raise ValueError(str(error)) from error
 

@@ -52,7 +52,7 @@ class Checkpoint(Mapping):
         return len(self.place)
 
 
-def open_checkpoint(source: str) -> Checkpoint:
+def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     """A full model: a .safetensors file, a folder with some, `embedded:NAME`, or a hub id.
 
     Raises FileNotFoundError with the ways out.
@@ -60,7 +60,7 @@ def open_checkpoint(source: str) -> Checkpoint:
     path = Path(source)
     if path.is_file():
         return Checkpoint([path], _architecture(path.parent))
-    folder = path if path.is_dir() else _download(source)
+    folder = path if path.is_dir() else _download(source, revision)
     files = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
     if not files:
         raise FileNotFoundError(
@@ -119,7 +119,7 @@ def _architecture(folder: Path) -> str | None:
     return json.loads(path.read_text()).get("model_type") if path.exists() else None
 
 
-def _download(source: str) -> Path:
+def _download(source: str, revision: str | None = None) -> Path:
     if source.startswith("embedded:"):
         from bench.embedded import materialise
 
@@ -127,7 +127,7 @@ def _download(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:  # the hub raises many kinds
         raise FileNotFoundError(
             f"{source!r} is no file or folder here, and the hub cannot give it ({type(error).__name__}). "

@@ -38,16 +38,26 @@ def measure(W0: Tensor, W1: Tensor, k: int = K, folder: Path | None = None, exac
     k = min(k, *W0.shape)
     row: dict[str, Any] = {"out": W0.shape[0], "in": W0.shape[1], "dtype": str(W1.dtype).removeprefix("torch.")}
     row |= {"dtype_base": str(W0.dtype).removeprefix("torch."), "changed": not torch.equal(W0, W1)}
-    base = full(W0.float()) if folder is None else cached(W0.float(), folder)
+    base, tuned, change = leading(W0, W1, k, folder, exact)
     row["norm"] = float(base.S.double().norm())
     if not row["changed"]:
         return row | _unchanged(base, k)
-    D = W1.float() - W0.float()
-    noise = rounding(W1)
-    change = None if exact else low_rank(D, noise.frobenius + 1e-6 * float(D.norm()))
-    tuned = first(full(W1), k) if exact else top(W1.float(), k, *guess(base, change, k))
+    D, noise = W1.float() - W0.float(), rounding(W1)
     row |= compare(base, tuned) | {"error": tuned.error, "solver": tuned.solver}
     return row | update(base, _spectrum(D, change, k, exact), float(D.norm()), noise.spectral)
+
+
+def leading(
+    W0: Tensor, W1: Tensor, k: int = K, folder: Path | None = None, exact: bool = False
+) -> tuple[Svd, Svd, Svd | None]:
+    """All vectors of W0, the k leading ones of W1, and the decomposition of a change of low rank; as for `measure`."""
+    base = full(W0.float()) if folder is None else cached(W0.float(), folder)
+    if torch.equal(W0, W1):
+        return base, first(base, k), None
+    D = W1.float() - W0.float()
+    change = None if exact else low_rank(D, rounding(W1).frobenius + 1e-6 * float(D.norm()))
+    tuned = first(full(W1), k) if exact else top(W1.float(), k, *guess(base, change, k))
+    return base, tuned, change
 
 
 def _check(W0: Tensor, W1: Tensor) -> None:

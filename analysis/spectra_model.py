@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.spectra import EPSILON, EPSILONS, K, floor, intruders, measure, ties
+from analysis.weights import Lazy
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,13 +38,13 @@ def spectra(
     """
     import pandas as pd
 
-    after = _align(before, after)
-    names = _chosen(before, after, architecture)
+    after = align(before, after)
+    names = chosen(before, after, architecture)
     rows: list[dict[str, Any]] = []
     for name in _distinct(names, before, after):
         W0, W1 = before[name].to(device), after[name].to(device)
-        for label, kind, part in _parts(name, W0, architecture):
-            where = {"name": label, "layer": _layer(name), "kind": kind}
+        for label, role, part in parts(name, W0, architecture):
+            where = {"name": label, "layer": _layer(name), "kind": role}
             try:
                 rows.append(where | measure(W0[part], W1[part], k, folder))
             except ValueError as error:
@@ -51,7 +52,7 @@ def spectra(
     return pd.DataFrame(rows)
 
 
-def _align(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def align(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """`after` under the names of `before` where all differ by a wrapper's or a head's prefix alone."""
     if set(before) & set(after):
         return after
@@ -60,27 +61,14 @@ def _align(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Mapping
         if len(ends) == 1:
             cut, add = name.removesuffix(ends[0]), ends[0].removesuffix(name)
             prefix, new = (cut, "") if name.endswith(ends[0]) else ("", add)
-            return _Renamed(after, {new + n.removeprefix(prefix): n for n in after if n.startswith(prefix)})
+            names = {new + n.removeprefix(prefix): n for n in after if n.startswith(prefix)}
+            return Lazy(names, lambda name: after[names[name]])
     return after
 
 
-class _Renamed(Mapping):
-    def __init__(self, inner: Mapping[str, Tensor], names: dict[str, str]):
-        self.inner, self.names = inner, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.inner[self.names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def _chosen(before: Mapping[str, Any], after: Mapping[str, Any], architecture: str | None) -> list[str]:
+def chosen(before: Mapping[str, Any], after: Mapping[str, Any], architecture: str | None) -> list[str]:
     """Names of the blocks' matrices, in the order of `before`."""
-    sides = [[n for n in side if _kind(n, architecture)] for side in (before, after)]
+    sides = [[n for n in side if kind(n, architecture)] for side in (before, after)]
     if different := sorted(set(sides[0]) ^ set(sides[1])):
         where = "pretrained" if different[0] in sides[0] else "tuned"
         raise ValueError(
@@ -112,7 +100,7 @@ def _roles(architecture: str | None) -> dict[str, str]:
     return {k: v for k, v in ARCHITECTURES.get(architecture or "", {}).items() if k != "layers"}
 
 
-def _kind(name: str, architecture: str | None) -> str:
+def kind(name: str, architecture: str | None) -> str:
     """The role of a matrix ("query", "mlp_output"; "qkv" where fused), else its last name; "" where it is none of a block."""
     if not (roles := _roles(architecture)):
         return "" if _NO_BLOCK.search(name) else name.rpartition(".")[2]
@@ -120,11 +108,11 @@ def _kind(name: str, architecture: str | None) -> str:
     return "qkv" if len(found) == 3 else found[0] if found else ""
 
 
-def _parts(name: str, W: Tensor, architecture: str | None) -> Iterator[tuple[str, str, slice]]:
+def parts(name: str, W: Tensor, architecture: str | None) -> Iterator[tuple[str, str, slice]]:
     """(name, kind, rows) of a matrix: itself, or query, key and value where these are one."""
-    kind = _kind(name, architecture)
-    if kind != "qkv":
-        yield name, kind, slice(None)
+    role = kind(name, architecture)
+    if role != "qkv":
+        yield name, role, slice(None)
         return
     third = len(W) // 3
     for i, part in enumerate(("query", "key", "value")):

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.spectra import K
 from analysis.spectra_model import NO_CHANGE, curve, headline, spectra
+from bench.record import Record
+from methods.base import Unsupported
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import nn
+    from torch import Tensor, nn
 
     from bench.config import Config
+    from bench.prepare import Prepared
 
 
 def store() -> Path:
@@ -24,49 +28,59 @@ def store() -> Path:
     return cache() / "spectra"
 
 
-def of_run(model: nn.Module, config: Config, folder: Path) -> dict[str, float | None]:
+def of_run(model: nn.Module, config: Config, folder: Path, k: int = K) -> dict[str, float | None]:
     """Write `spectra.parquet` into the run's folder; return the headline numbers.
 
-    model: the trained one, its method applied. The pretrained weights are built anew, since what an `Adapted` holds as its
-    base may have been changed by its method (PiSSA). Layers whose change is no change of weight are left out.
+    model: the trained one, its method applied. It is compared with the pretrained weights, since what an `Adapted` holds as
+    its base may have been changed by its method (PiSSA). Layers whose change is no change of weight are left out.
     """
-    table = run_table(model, config)
-    part = folder / ".spectra.parquet"
+    table = run_table(model, config, k)
+    write(table, folder / "spectra.parquet")
+    return headline(table, k)
+
+
+def write(table: pd.DataFrame, path: Path) -> None:
+    """Write a table so that a killed process leaves the old file or the new."""
+    part = path.with_name(f".{path.name}")
     table.to_parquet(part, index=False)
-    os.replace(part, folder / "spectra.parquet")
-    return headline(table)
+    os.replace(part, path)
 
 
-def run_table(model: nn.Module, config: Config) -> pd.DataFrame:
-    """The table of `spectra` for a trained model of this configuration."""
+def run_table(model: nn.Module, config: Config, k: int = K) -> pd.DataFrame:
+    """The table of `spectra` for a trained model of this configuration; of both models one matrix at a time is read."""
     import torch
 
-    from bench.model import build, weights
-    from bench.prepare import seed_everything
-    from methods.base import Adapted
-
-    seed_everything(config.seed)  # the weights of `random:` models are drawn
-    built = build(config.model, config.task)
-    base = built.model.to(torch.bfloat16) if config.train.precision == "bf16_full" else built.model
+    before, after, architecture = sides(model, config)
+    device = next(model.parameters()).device
     with torch.no_grad():
-        before, after = weights(base), weights(model)
-        other = {n for n, m in model.named_modules() if isinstance(m, Adapted) and m.weight() is None}
-        other |= {n for n in before if any(n.startswith(f"{o}.") for o in other)}
-        kept = {n: w for n, w in before.items() if n not in other}
-        architecture: Any = base.config.model_type  # type: ignore[union-attr]
-        inner = {n: w for n, w in after.items() if n in before or not set(before) & set(after)}
-        device = next(model.parameters()).device
-        return spectra(kept, inner, architecture=architecture, folder=store(), device=device)
+        return spectra(before, after, architecture=architecture, k=k, folder=store(), device=device)
 
 
-def of_records(folder: Path, root: str | None = None, device: str = "cpu") -> str:
-    """Rebuild each ok run below `folder`, write its spectra and headline numbers; a line of text for each.
+def sides(model: nn.Module, config: Config) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], str]:
+    """Pretrained and effective weights of a trained model under the same names, and its architecture."""
+    from analysis.spectra_model import align
+    from analysis.weights import Lazy, effective, pretrained
+    from bench.model import acting
+
+    architecture: Any = model.config.model_type  # type: ignore[union-attr]
+    own = effective(model)
+    other = set(acting(model)) - set(own)
+    before = pretrained(config, own, architecture)
+    after = align(before, own)
+    kept = [n for n in before if not any(n == o or n.startswith(f"{o}.") for o in other)]
+    return Lazy(kept, before.__getitem__), Lazy([n for n in after if n in before], after.__getitem__), architecture
+
+
+Body = Callable[[Path, Record, Any, Any], str]  # folder, record, configuration, prepared model; what to print
+
+
+def each(folder: Path, body: Body, root: str | None = None, device: str = "cpu") -> str:
+    """Rebuild each ok run below `folder` and give it to `body`; a line of text for each.
 
     A run that cannot be rebuilt gets a line that says why, and does not stop the others. Raises NoRuns where there is none.
     """
     from analysis.runs import NoRuns
     from bench.evaluate import rebuild
-    from bench.record import Record
 
     own = folder / "record.json"
     paths = [own] if own.exists() else sorted(folder.glob("*/record.json"))
@@ -77,19 +91,26 @@ def of_records(folder: Path, root: str | None = None, device: str = "cpu") -> st
         )
     lines = []
     for path, record in ok:
-        name = f"{record.id}  {record.method} {record.model} {record.task} seed {record.seed}"
         try:
-            config, ready = rebuild(path, root, device)
-            record.spectra = of_run(ready.model, config, path)
-        except (ValueError, OSError) as error:
-            lines.append(f"{name}: left out: {error}")
-            continue
-        record.save(path.parent)
-        lines.append(f"{name}: {sentence(record.spectra)}")
+            said = body(path, record, *rebuild(path, root, device))
+        except (ValueError, OSError, Unsupported) as error:
+            said = f"left out: {error}"
+        lines.append(f"{record.id}  {record.method} {record.model} {record.task} seed {record.seed}: {said}")
     return "\n".join(lines)
 
 
-def of_checkpoints(base: str, tuned: str, output: Path | None = None, device: str = "cpu") -> str:
+def of_records(folder: Path, root: str | None = None, device: str = "cpu", k: int = K) -> str:
+    """Write the spectra and headline numbers of each ok run below `folder`; a line of text for each, as `each`."""
+
+    def body(path: Path, record: Record, config: Config, ready: Prepared) -> str:
+        record.spectra = of_run(ready.model, config, path, k)
+        record.save(path.parent)
+        return sentence(record.spectra)
+
+    return each(folder, body, root, device)
+
+
+def of_checkpoints(base: str, tuned: str, output: Path | None = None, device: str = "cpu", k: int = K) -> str:
     """The spectra of two checkpoints as text; as JSON too (`headline`, `matrices`) where `output` is given.
 
     base, tuned: folders, .safetensors files or hub ids; tuned may be the folder of a `peft` adapter.
@@ -99,8 +120,8 @@ def of_checkpoints(base: str, tuned: str, output: Path | None = None, device: st
     before = open_checkpoint(base)
     after, architecture = open_tuned(tuned, base)
     known = before.architecture or architecture
-    table = spectra(before, after, architecture=known, folder=store(), device=device)
-    numbers = headline(table)
+    table = spectra(before, after, architecture=known, k=k, folder=store(), device=device)
+    numbers = headline(table, k)
     if output:
         rows = json.loads(table.to_json(orient="records", double_precision=10))
         about = {"base": base, "tuned": tuned, "architecture": known}

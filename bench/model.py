@@ -88,13 +88,18 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """The (out, in) weight each linear layer acts with, named as in the pretrained model; absent where there is none."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Adapted):
-            found[name] = module.weight()
-        elif isinstance(module, nn.Linear) and not _inside_ours(model, name):
-            found[name] = module.weight
+    layers = acting(model).items()
+    found = {n: m.weight() if isinstance(m, Adapted) else m.weight for n, m in layers}  # type: ignore[operator]
     return {n: w.detach() for n, w in found.items() if w is not None and w.dim() == 2}
+
+
+def acting(model: nn.Module) -> dict[str, nn.Module]:
+    """Pretrained linear layers and what took their place, named as in the pretrained model."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Adapted) or (isinstance(module, nn.Linear) and not _inside_ours(model, name))
+    }
 
 
 @torch.no_grad()
