@@ -5,20 +5,27 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 import tasks  # noqa: F401  (fills Hydra's store with the schemas of tasks)
-from bench.config import CONF, to_config
+from bench.config import to_config
+
+POLL = 1.0  # seconds between two looks at a cell that runs elsewhere
+_stopped: list[str] = []  # the run that a signal stopped: the cells after it are not begun
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: Any) -> str:
-    """One cell of the grid. What goes wrong inside it ends in its record, whose path this returns."""
+    """One cell of the grid. What goes wrong inside it ends in its record, whose path this returns, or else word of why not."""
+    if _stopped:
+        return f"stopped: {_stopped[0]}"
     try:
         config = to_config(cfg, HydraConfig.get().runtime.choices)
     except (ValueError, OmegaConfBaseException) as error:
@@ -26,36 +33,66 @@ def main(cfg: Any) -> str:
         return f"error: {error}"
     from bench.run import run
 
-    return f"{config.results}/{run(config).id}"
+    record = run(config, since=_since())
+    if record.status == "interrupted":
+        _stopped.append(record.id)
+    path = Path(config.results) / record.id
+    if record.status == "running":
+        return f"running: {path}"
+    return str(path) if (path / "record.json").exists() else f"error: {record.reason}"
+
+
+def _since() -> float:
+    """When this command began, in the time of the results' file system: what Hydra wrote first."""
+    hydra = HydraConfig.get()
+    job = Path(hydra.runtime.output_dir) / ".hydra" / "config.yaml"
+    sweep = Path(hydra.sweep.dir) / "multirun.yaml"
+    return (sweep if hydra.mode == RunMode.MULTIRUN and sweep.exists() else job).stat().st_mtime
 
 
 def command_line() -> int:
     """Run `main`; add what was probably meant to Hydra's message about a misspelled key or choice."""
     if sys.argv[1:] in (["--help"], ["-h"]):
-        _name_methods()
-        main()
+        from bench.help import show
+
+        show()
         return 0
     import methods  # noqa: F401  (fills Hydra's store with the schemas of methods)
     from bench.suggest import suggest
-    from bench.table import exit_code, seen
+    from bench.table import exit_code, seen, table
 
     messages = _Tee(sys.stderr)
     try:
         with contextlib.redirect_stderr(messages):
             main()
+            _second_pass()
     except SystemExit as stop:
         if stop.code and (hint := suggest(messages.getvalue(), sys.argv[1:])):
             print(hint, file=sys.stderr)
         raise
+    if seen:
+        print(table(seen), flush=True)
     return exit_code(seen)
 
 
-def _name_methods() -> None:
-    """Fill the group `method` with names alone: the method files import torch, which takes longer than the help."""
-    note = {"...": "python -m bench method=NAME --cfg job shows the fields of a method"}
-    for file in (CONF.parent / "methods").glob("*.py"):
-        if "\n@register\n" in file.read_text():
-            ConfigStore.instance().store(group="method", name=file.stem, node=note)
+def _second_pass() -> None:
+    """Wait for the cells that other workers compute; run here, by the same launcher, what they leave behind."""
+    from bench.ledger import holder
+    from bench.record import Record
+    from bench.table import seen, waiting
+
+    if waiting:
+        print(f"waiting for {len(waiting)} cells that run elsewhere: `python -m bench.status` shows them", flush=True)
+    while waiting and not _stopped:
+        cell = waiting.pop(0)
+        if holder(cell.folder.parent, cell.folder.name, cell.lease):
+            waiting.append(cell)
+            time.sleep(POLL)
+        elif (cell.folder / "record.json").exists() and (old := Record.load(cell.folder)).status != "interrupted":
+            seen.append(old)
+        else:
+            sys.argv[1:] = cell.arguments
+            main()
 
 
 class _Tee(io.StringIO):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.model import load_trained_state, trained_state
+from bench.record import replacing
 from bench.train import Loop, Progress
 
 
@@ -34,10 +34,8 @@ def save(path: Path, loop: Loop, extra: dict[str, Any]) -> None:
         },
         tensors,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(tensors, str(part), metadata={"values": json.dumps(values)})
-    os.replace(part, path)
+    with replacing(path) as part:
+        save_file(tensors, str(part), metadata={"values": json.dumps(values)})
 
 
 def load(path: Path, loop: Loop) -> dict[str, Any]:

@@ -83,6 +83,9 @@ class Config:
     spectra: bool = False  # after scoring: what happened to the singular vectors of every weight, spectra.parquet
     test: str = "open"  # open; locked: never read (trials of tuning); selected: only for what val has chosen on record
     force: bool = False  # run again what is done
+    isolate: bool | str = "auto"  # a process for each run, whose peak of memory is its alone; auto: true on a GPU
+    cells_per_gpu: int = 1  # isolated runs that share a GPU
+    lease: float = 120.0  # seconds without a sign of life after which another worker takes a run over
     name: str | None = None  # of the experiment: groups runs in tables and in W&B
     wandb: str = "auto"  # auto: online where a key exists, else offline; online, offline, off
     wandb_project: str = "paretune"
@@ -90,6 +93,9 @@ class Config:
 
     def __post_init__(self) -> None:
         choose("wandb", self.wandb, ("auto", "online", "offline", "off"))
+        choose("isolate", str(self.isolate).lower(), ("auto", "true", "false"))
+        if self.cells_per_gpu < 1 or self.lease <= 0:
+            raise ValueError(f"cells_per_gpu={self.cells_per_gpu} must be at least 1, lease={self.lease} positive")
         choose("test", self.test, ("open", "locked", "selected"))
 
 

@@ -7,6 +7,8 @@ counted by kind instead: exact, the same on every machine, and without what a ke
 from __future__ import annotations
 
 import random
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -144,3 +146,12 @@ def memory(
         **peaks,
         "peak": peaks["peak_train"] if phases.device.type == "cuda" else counted,
     }
+
+
+def peaks(phases: Phases) -> dict[str, int | None]:
+    """Of a run that ended early, in bytes: the allocator's peaks by phase on a GPU; else the whole process's resident peak."""
+    if phases.device.type != "cuda":
+        unit = 1024 if sys.platform == "linux" else 1
+        return {"peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    named = {f"peak_{name}": phases.peaks.get(name) for name in ("train", "eval", "generation", "setup")}
+    return {**named, "peak": max((p for p in named.values() if p is not None), default=None)}

@@ -76,6 +76,11 @@ class Record:
     warnings: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def cell(self) -> str:
+        """Which cell of the grid, for people."""
+        return f"{self.method} {self.model} {self.task} seed {self.seed}"
+
     def save(self, results: Path) -> Path:
         """Write `results/<id>/record.json` atomically; return its path. NaN and infinities become null."""
         path = Path(results) / self.id / "record.json"
@@ -103,8 +108,6 @@ def identity(config: dict[str, Any], data: dict[str, Any]) -> str:
     Where results go, which machine trains, how often it writes checkpoints and how it is tracked do not change the id.
     """
     kept = {k: v for k, v in config.items() if k not in _NOT_IDENTITY}
-    if kept.get("test") == "open":  # as before the test split could be locked
-        del kept["test"]
     if kept.get("test") == "open":  # as before the test split could be locked
         del kept["test"]
     kept["train"] = {k: v for k, v in config["train"].items() if k != "checkpoint_seconds"}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,11 @@ from torch import Tensor
 from bench import measure
 from bench.batches import TrainBatches, longest
 from bench.config import Config
+from bench.isolate import in_a_process, isolated
+from bench.ledger import Claim, Claimed
 from bench.model import counts, trained_state
 from bench.prepare import Prepared, find_device, prepare, seed_everything
-from bench.record import Record, identity
+from bench.record import PART, Record, identity, replacing
 from bench.selection import unlock
 from bench.session import Costs, Session
 from bench.track import Tracker, track
@@ -35,11 +38,12 @@ log = logging.getLogger("bench")
 DONE = ("ok", "skipped", "oom", "diverged")  # failed and interrupted runs are taken up again
 
 
-def run(config: Config) -> Record:
+def run(config: Config, *, since: float | None = None) -> Record:
     """Run one cell, or return its record where it is done already. Never raises for what can go wrong inside a run.
 
     A failure becomes a status with a reason (and a traceback) in the saved record. A stopped run keeps its checkpoint;
-    the same configuration goes on from there.
+    the same configuration goes on from there. Where another worker computes the cell, the status is "running" and nothing
+    is saved. since: file time of the command's start; what failed later than that is not tried again.
     """
     record = _new_record(config)
     results = Path(config.results)
@@ -47,14 +51,41 @@ def run(config: Config) -> Record:
         rows = config.task.load(config.data, config.seed)
         record.data, record.id = rows.source, identity(record.config, rows.source)
         record.task += " (stand-in)" if rows.source["standin"] else ""
-        if (done := _done(record, config)) is not None:
+        if (done := _done(record, config, since)) is not None:
             return done
-        with stoppable() as stop, track(config.wandb, record, results / record.id, project=config.wandb_project) as w:
-            _statuses(record, lambda: _run(record, config, rows, w, stop))
-            w.finish(record)
-    except Exception as error:  # the data, or the tracker: nothing of the run itself
+        if isolated(config):
+            return in_a_process(config, record, since)
+        with Claim(results, record.id, lease=config.lease, cell=record.cell) as claim:
+            return _done(record, config, since) or _claimed(record, config, rows, claim)
+    except Claimed as other:
+        record.status, record.reason = "running", str(other)
+        return record
+    except Exception as error:  # the data, the tracker or the disk: nothing of the run itself
         record.status, record.reason, record.traceback = "failed", _sentence(error), traceback.format_exc()
-    record.save(results)
+    return save(record, results)
+
+
+def save(record: Record, results: Path) -> Record:
+    """Save a failure; where even that cannot be written, log it, and go on with the next cell."""
+    try:
+        record.save(results)
+    except OSError as error:
+        log.error("%s %s could not be saved: %s", record.id, record.status, _sentence(error))
+    return record
+
+
+def _claimed(record: Record, config: Config, rows: Rows, claim: Claim) -> Record:
+    """Run the cell whose claim is ours."""
+    folder = Path(config.results) / record.id
+    if config.force:
+        shutil.rmtree(folder, ignore_errors=True)
+    for part in folder.glob(f".*{PART}"):  # of a killed process
+        part.unlink(missing_ok=True)
+    with stoppable(claim) as stop, track(config.wandb, record, folder, project=config.wandb_project) as tracker:
+        _statuses(record, lambda: _run(record, config, rows, tracker, stop))
+        claim.check()
+        record.save(Path(config.results))
+        tracker.finish(record)
     return record
 
 
@@ -69,16 +100,12 @@ def _statuses(record: Record, body: Any) -> None:
     except Interrupted as error:
         record.status, record.reason = "interrupted", str(error)
         return
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Claimed):
         raise
     except Exception as error:
         record.reason, record.traceback = _sentence(error), traceback.format_exc()
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
-            error
-        )
-        record.status = (
-            "oom" if out_of_memory else "diverged" if isinstance(error, (Diverged, FloatingPointError)) else "failed"
-        )
+        diverged = isinstance(error, (Diverged, FloatingPointError))
+        record.status = "oom" if _out_of_memory(error) else "diverged" if diverged else "failed"
     if record.status == "oom":  # free what the failed run holds before the next one starts
         torch.cuda.empty_cache() if torch.cuda.is_available() else None
 
@@ -88,32 +115,50 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Tracker, stop: Sto
     device = find_device(config)
     record.environment = measure.environment(device)
     costs = Costs(device)
-    with costs.phases("setup"):
-        ready = prepare(config, rows, device)
-        batches = ready.train_batches(config)
-        record.model_source = ready.source
-        loop = Loop(ready.model, ready.method, config.train, steps=_steps(config, batches), device=device)
-        for key, value in counts(ready.model, ready.head).items():
-            setattr(record, key, value)
-        cost = _probe(ready, loop, config)
-    seed_everything(config.seed)
-    session = Session(record, config, ready, loop, costs, tracker, stop)
-    session.resume()
-    scored = session.go(batches, cost["activations"])
-    kept = counts(ready.model, ready.head)  # after training less may be left: a dropped MLP, pruned ranks
-    record.stored_params, record.stored_bytes = kept["stored_params"], kept["stored_bytes"]
-    record.metrics = {f"{split}/{k}": v for split, (_, metrics) in scored.items() for k, v in metrics.items()}
-    record.metrics |= {f"last_val/{k}": v for k, v in loop.progress.last_metrics.items()}
-    record.steps, record.metric = loop.progress.step, ready.task.metric
-    record.score = record.metrics.get(f"test/{ready.task.metric}")  # none while the test split is locked
-    record.time, record.energy = measure.times(costs.phases, costs.steps), costs.energy.read()
-    record.flops = _flops(cost, loop, batches, config)
-    save_results(session.folder, {split: table for split, (table, _) in scored.items()}, ready, config)
-    if config.spectra:
-        from analysis.spectra_runs import of_run
+    with _peaks_of_failure(record, costs.phases):
+        with costs.phases("setup"):
+            ready = prepare(config, rows, device)
+            batches = ready.train_batches(config)
+            record.model_source = ready.source
+            loop = Loop(ready.model, ready.method, config.train, steps=_steps(config, batches), device=device)
+            for key, value in counts(ready.model, ready.head).items():
+                setattr(record, key, value)
+            cost = _probe(ready, loop, config)
+        seed_everything(config.seed)
+        session = Session(record, config, ready, loop, costs, tracker, stop)
+        session.resume()
+        scored = session.go(batches, cost["activations"])
+        kept = counts(ready.model, ready.head)  # after training less may be left: a dropped MLP, pruned ranks
+        record.stored_params, record.stored_bytes = kept["stored_params"], kept["stored_bytes"]
+        record.metrics = {f"{split}/{k}": v for split, (_, metrics) in scored.items() for k, v in metrics.items()}
+        record.metrics |= {f"last_val/{k}": v for k, v in loop.progress.last_metrics.items()}
+        record.steps, record.metric = loop.progress.step, ready.task.metric
+        record.score = record.metrics.get(f"test/{ready.task.metric}")  # none while the test split is locked
+        record.time, record.energy = measure.times(costs.phases, costs.steps), costs.energy.read()
+        record.flops = _flops(cost, loop, batches, config)
+        record.data["truncated"] = {split: encoded.truncated for split, encoded in ready.encoded.items()}
+        stop.owned()
+        save_results(session.folder, {split: table for split, (table, _) in scored.items()}, ready, config)
+        if config.spectra:
+            from analysis.spectra_runs import of_run
 
-        record.spectra = of_run(ready.model, config, session.folder)
-    session.checkpoint.unlink(missing_ok=True)
+            record.spectra = of_run(ready.model, config, session.folder)
+        session.checkpoint.unlink(missing_ok=True)
+
+
+@contextmanager
+def _peaks_of_failure(record: Record, phases: measure.Phases) -> Iterator[None]:
+    """Leave in the record how much memory was in use where the block runs out of it."""
+    try:
+        yield
+    except Exception as error:
+        if _out_of_memory(error):
+            record.memory = measure.peaks(phases)
+        raise
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def save_results(folder: Path, predictions: dict[str, pd.DataFrame], ready: Prepared, config: Config) -> None:
@@ -123,13 +168,11 @@ def save_results(folder: Path, predictions: dict[str, pd.DataFrame], ready: Prep
 
     folder.mkdir(parents=True, exist_ok=True)
     table = pd.concat([p.assign(split=split) for split, p in predictions.items()], ignore_index=True)
-    part = folder / ".predictions.parquet"
-    table.to_parquet(part, index=False)
-    os.replace(part, folder / "predictions.parquet")
+    with replacing(folder / "predictions.parquet") as part:
+        table.to_parquet(part, index=False)
     if config.save_state:
-        part = folder / ".state.safetensors"
-        save_file({n: t.cpu().contiguous() for n, t in trained_state(ready.model).items()}, str(part))
-        os.replace(part, folder / "state.safetensors")
+        with replacing(folder / "state.safetensors") as part:
+            save_file({n: t.cpu().contiguous() for n, t in trained_state(ready.model).items()}, str(part))
 
 
 def _new_record(config: Config) -> Record:
@@ -150,16 +193,16 @@ def _new_record(config: Config) -> Record:
     )
 
 
-def _done(record: Record, config: Config) -> Record | None:
-    path = Path(config.results) / record.id
-    if config.force:
-        shutil.rmtree(path, ignore_errors=True)
-    if not (path / "record.json").exists():
+def _done(record: Record, config: Config, since: float | None) -> Record | None:
+    """The record of this cell where it needs no run: done before, or by another worker since this command started."""
+    path = Path(config.results) / record.id / "record.json"
+    if not path.exists():
         return None
     old = Record.load(path)
-    if old.status not in DONE:
+    fresh = since is not None and path.stat().st_mtime >= since and old.status != "interrupted"
+    if not fresh and (config.force or old.status not in DONE):
         return None
-    log.info("%s is done already (%s): %s", old.id, old.status, path / "record.json")
+    log.info("%s is done already (%s): %s", old.id, old.status, path)
     return old
 
 
@@ -169,6 +212,8 @@ def _sentence(error: BaseException) -> str:
 
 def _steps(config: Config, batches: TrainBatches) -> int:
     cfg = config.train
+    if config.method.untrained:
+        return 0
     return cfg.steps if cfg.steps is not None else max(1, round((cfg.epochs or 0) * batches.per_epoch))
 
 
@@ -185,7 +230,7 @@ def _flops(cost: dict[str, int], loop: Loop, batches: TrainBatches, config: Conf
     seen = sum(_padded(batches, step) for step in range(loop.progress.step))
     total = round(cost["train_step"] * seen / cost["size"])
     return {
-        "train_step": cost["train_step"] * config.train.accumulate,
+        "train_step": cost["train_step"] * config.train.accumulate if loop.steps else 0,
         "forward": cost["forward"],
         "total_train": total,
     }

@@ -70,11 +70,12 @@ class Session:
         self.bar = progress_bar(self.record, self.loop)
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint. Raises Claimed where another worker has the run now."""
+        self.stop.owned()
         checkpoint.save(self.checkpoint, self.loop, {"costs": self.costs.state(), "history": self.record.history})
 
     def go(self, batches: TrainBatches, activations: int) -> dict[str, Scored]:
-        """Train, select, finish; predictions and metrics of val and test. Raises Interrupted, with a checkpoint."""
+        """Train, select, finish; predictions and metrics of val, test and the other tasks' rows. Raises Interrupted, with a checkpoint."""
         loop, method, record = self.loop, self.ready.method, self.record
         final = method.finishes  # the model changes shape: no checkpoint after that
         finished = False
@@ -92,7 +93,7 @@ class Session:
                 finished = True
                 val = None if final else self.scored.get(record.selected_step)  # unchanged since: not scored twice
                 scored = {"val": val or self.score("val")}
-                return scored | ({"test": self.score("test")} if "test" in self.ready.encoded else {})
+                return scored | {s: self.score(s) for s in self.ready.task.scored() if s in self.ready.encoded}
         except Interrupted:
             if not (final and finished):
                 self.save()
@@ -113,10 +114,11 @@ class Session:
     def score(self, split: str) -> Scored:
         """Predictions and metrics of `split`."""
         self.bar.set_postfix_str(f"scoring {split}")
-        with self.costs.phases(self.ready.task.phase):
+        task = self.ready.task.task_of(split)
+        with self.costs.phases(task.phase):
             predictions = self.ready.predict(split, self.config, self.stop)
         self.bar.set_postfix_str("")
-        return predictions, self.ready.task.score(predictions)
+        return predictions, task.score(predictions)
 
     def evaluate(self) -> tuple[float, dict[str, float]]:
         """The headline score and all metrics of val."""
@@ -129,5 +131,6 @@ def progress_bar(record: Record, loop: Loop) -> Any:
     """A bar over the optimizer steps, shown on a terminal and in logs alike."""
     from tqdm import tqdm
 
-    name = f"{record.method} {record.model} {record.task} seed {record.seed}"
-    return tqdm(total=loop.steps, initial=loop.progress.step, desc=name, unit="step", mininterval=1.0, leave=False)
+    return tqdm(
+        total=loop.steps, initial=loop.progress.step, desc=record.cell, unit="step", mininterval=1.0, leave=False
+    )

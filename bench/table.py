@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +16,85 @@ from bench.record import Record
 
 FAILED = ("failed", "oom", "diverged", "interrupted")
 COLUMNS = ("method", "model", "task", "seed", "status", "score", "trained", "memory", "s/step", "record or reason")
-seen: list[Record] = []  # the records of this command, for its exit code
+WORD = "record"  # the file in a job's folder that names its record, or begins with one of these
+ERROR, RUNNING, STOPPED = "error: ", "running: ", "stopped: "
+seen: list[Record] = []  # the records of this command
+
+
+@dataclass
+class Waiting:
+    """A cell that another worker computes: the folder of its record, and the command line that runs it here."""
+
+    folder: Path
+    lease: float
+    arguments: list[str]
+
+
+waiting: list[Waiting] = []  # the cells of this command that others compute
 
 
 class Table(Callback):
-    """Collects the records of a command's runs, which may have run in other processes, and prints them at its end."""
+    """Collects the records of a command's runs, which may have run in other processes, for `command_line` to show."""
+
+    def on_run_start(self, config: Any, **_: Any) -> None:
+        """Stop before anything runs where the results cannot be written."""
+        _writable(Path(config.results))
+
+    on_multirun_start = on_run_start
 
     def on_job_end(self, config: Any, job_return: Any, **_: Any) -> None:
         """Runs beside the job: leave word of its record in the job's own folder."""
         if job_return.status.name == "COMPLETED" and isinstance(job_return.return_value, str):
             folder = Path(config.hydra.runtime.output_dir)
-            (folder / "record").write_text(job_return.return_value)
+            (folder / WORD).write_text(job_return.return_value)
 
     def on_run_end(self, config: Any, **_: Any) -> None:
         """One run is a table of one row."""
-        self._show([Path(config.hydra.run.dir)])
+        _collect([Path(config.hydra.run.dir)])
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
         """All cells of the sweep, in their order."""
         folders = [p for p in Path(config.hydra.sweep.dir).iterdir() if p.is_dir() and p.name.isdigit()]
-        self._show(sorted(folders, key=lambda p: int(p.name)))
+        _collect(sorted(folders, key=lambda p: int(p.name)))
 
-    def _show(self, folders: list[Path]) -> None:
-        for folder in folders:
-            if (folder / "record").exists():
-                seen.append(_read((folder / "record").read_text(), folder))
-        if seen:
-            print(table(seen), flush=True)
+
+def _writable(results: Path) -> None:
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=results).close()
+    except OSError as error:
+        print(f"error: results={results} cannot be written: {error.strerror}; give another folder", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _collect(folders: list[Path]) -> None:
+    for folder in folders:
+        if (folder / WORD).exists():
+            _sort((folder / WORD).read_text(), folder)
+
+
+def _sort(word: str, folder: Path) -> None:
+    if word.startswith(RUNNING):
+        lease = OmegaConf.load(folder / ".hydra" / "config.yaml").lease
+        waiting.append(Waiting(Path(word.removeprefix(RUNNING)), lease, arguments(folder)))
+    elif not word.startswith(STOPPED):
+        seen.append(_read(word, folder))
+
+
+def arguments(folder: Path) -> list[str]:
+    """The command line that composes a job's cell again, by the same launcher, from Hydra's notes in its folder."""
+    hydra = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra
+    multirun = ["-m"] if str(hydra.mode) == "MULTIRUN" else []
+    return [*multirun, *hydra.overrides.hydra, *hydra.overrides.task]
 
 
 def _read(word: str, folder: Path) -> Record:
     """The record that a job left word of; one that never was for a configuration that could not be run."""
-    if not word.startswith("error: "):
+    if not word.startswith(ERROR):
         return Record.load(Path(word))
     choices = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices
     names: dict[str, Any] = {k: str(choices[k]) for k in ("method", "model", "task")}
-    return Record(id="", seed=-1, config={}, status="failed", reason=word.removeprefix("error: "), **names)
+    return Record(id="", seed=-1, config={}, status="failed", reason=word.removeprefix(ERROR), **names)
 
 
 def table(records: list[Record]) -> str:

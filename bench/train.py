@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bench.ledger import Claim, Claimed
 from bench.model import load_trained_state, trained_state
 
 if TYPE_CHECKING:
@@ -185,9 +186,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 class Stop:
-    """Turns the first SIGTERM or Ctrl-C into a flag; a second one ends the process at once."""
+    """What ends a run early: a signal, or the loss of its claim. A second SIGTERM or Ctrl-C ends the process at once."""
 
-    requested = ""
+    def __init__(self, claim: Claim | None = None):
+        self.claim, self.requested = claim, ""
 
     def __call__(self, number: int, frame: Any) -> None:
         if self.requested:
@@ -195,26 +197,40 @@ class Stop:
         self.requested = signal.Signals(number).name
 
     def check(self) -> None:
-        """Raise Interrupted if a signal came."""
+        """Raise Interrupted if a signal came, Claimed if the claim was seen to be lost."""
+        if self.claim is not None and self.claim.lost:
+            raise Claimed(self.claim.lost)
         if self.requested:
             raise Interrupted(f"stopped by {self.requested}; the same command goes on from the checkpoint")
 
+    def owned(self) -> None:
+        """Raise Claimed unless the claim is ours at this moment: before anything is written."""
+        if self.claim is not None:
+            self.claim.check()
+
 
 @contextmanager
-def stoppable() -> Iterator[Stop]:
+def stoppable(claim: Claim | None = None) -> Iterator[Stop]:
     """Listen to SIGTERM and SIGINT inside the block (in the main thread; elsewhere nothing is listened to)."""
+    stop = Stop(claim)
+    with handling(stop):
+        yield stop
+
+
+@contextmanager
+def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Give SIGTERM and SIGINT to `handler` inside the block, where this is the main thread."""
     import threading
 
-    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
-    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stop
+        yield
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        for s, old in before.items():
+            signal.signal(s, old)
 
 
 class Every:
