@@ -12,13 +12,21 @@ from tasks import image as image
 from tasks.base import Rows, Task
 from tasks.data import DataConfig, MissingData
 
-__all__ = ["DataConfig", "MissingData", "Rows", "Task", "compose_task", "names"]
+__all__ = ["DataConfig", "MissingData", "Rows", "Task", "compose_task", "names", "suite"]
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 def names() -> list[str]:
     """The tasks that conf/task has a file for."""
     return sorted(file.stem for file in (CONF / "task").glob("*.yaml"))
+
+
+def suite(name: str) -> dict[str, str | None]:
+    """The tasks whose files say `suite: NAME`, each with its group; empty for an unknown name."""
+    import yaml
+
+    said = {file.stem: yaml.safe_load(file.read_text()) for file in sorted((CONF / "task").glob("*.yaml"))}
+    return {task: values.get("group") for task, values in said.items() if values.get("suite") == name}
 
 
 def compose_task(name: str, overrides: Sequence[str] = ()) -> Task:

