@@ -27,6 +27,8 @@ _NOT_SETTINGS = (
     "threads",
     "save_state",
     "spectra",
+    "spectra_every",
+    "forgetting",
     "test",
 )
 _FIELDS = {f.name: str(f.type) for f in dataclasses.fields(Record)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.spectra import EPSILON, EPSILONS, K, floor, intruders, measure, ties
-from analysis.weights import Lazy
+from analysis.weights import renamed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,7 +62,7 @@ def align(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Mapping[
             cut, add = name.removesuffix(ends[0]), ends[0].removesuffix(name)
             prefix, new = (cut, "") if name.endswith(ends[0]) else ("", add)
             names = {new + n.removeprefix(prefix): n for n in after if n.startswith(prefix)}
-            return Lazy(names, lambda name: after[names[name]])
+            return renamed(after, names)
     return after
 
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bench.config import Config, ModelConfig
+    from bench.model import Built
 
 
 class Lazy(Mapping):
@@ -27,6 +28,11 @@ class Lazy(Mapping):
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def renamed(inner: Mapping[str, Tensor], names: Mapping[str, str]) -> Lazy:
+    """Some of `inner`; names: of each matrix here, to its name there."""
+    return Lazy(names, lambda name: inner[names[name]])
 
 
 def effective(model: nn.Module) -> Lazy:
@@ -62,11 +68,12 @@ def pretrained(config: Config, like: Mapping[str, Tensor], architecture: str | N
     found = {} if stored is None else align(like, stored)
     if wanted and set(wanted) <= set(found):
         return Lazy(found, lambda name: found[name].to(dtype))
-    built = effective(_built(config))
-    return Lazy(built, lambda name: built[name].to(dtype))
+    whole = effective(built(config).model)
+    return Lazy(whole, lambda name: whole[name].to(dtype))
 
 
-def _built(config: Config) -> nn.Module:
+def built(config: Config, task: Any = None) -> Built:
+    """The untouched model of a run, or its checkpoint with another task's head; no random state moves."""
     from bench.checkpoint import random_state, set_random_state
     from bench.model import build
     from bench.prepare import seed_everything
@@ -74,7 +81,7 @@ def _built(config: Config) -> nn.Module:
     state = random_state()
     seed_everything(config.seed)  # the weights of `random:` models are drawn
     try:
-        return build(config.model, config.task).model
+        return build(config.model, task or config.task)
     finally:
         set_random_state(state)
 

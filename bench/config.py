@@ -81,6 +81,8 @@ class Config:
     results: str = "results"
     save_state: bool = True  # keep the trained parameters beside the record
     spectra: bool = False  # after scoring: what happened to the singular vectors of every weight, spectra.parquet
+    spectra_every: int | None = None  # steps: birth and rotation of singular vectors during training, dynamics.parquet
+    forgetting: bool = False  # after scoring: what the model lost of its pretraining, before and after
     test: str = "open"  # open; locked: never read (trials of tuning); selected: only for what val has chosen on record
     force: bool = False  # run again what is done
     isolate: bool | str = "auto"  # a process for each run, whose peak of memory is its alone; auto: true on a GPU

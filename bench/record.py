@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 2
+SCHEMA = 3
 STATUSES = ("ok", "skipped", "oom", "diverged", "failed", "interrupted")
 _NOT_IDENTITY = (
     "results",
@@ -31,6 +31,8 @@ _NOT_IDENTITY = (
     "name",
     "save_state",
     "spectra",
+    "spectra_every",
+    "forgetting",
     "isolate",
     "lease",
     "cells_per_gpu",
@@ -72,6 +74,7 @@ class Record:
     flops: dict[str, int | None] = field(default_factory=dict)
     energy: dict[str, float | None] = field(default_factory=dict)
     spectra: dict[str, float | None] = field(default_factory=dict)  # `headline` of analysis/spectra_model.py
+    forgetting: dict[str, Any] = field(default_factory=dict)  # of_run of analysis/forgetting.py: numbers and their source
     history: list[dict[str, float | None]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -89,11 +92,11 @@ class Record:
 
     @classmethod
     def load(cls, path: Path) -> Record:
-        """Read a record file or its folder, of this schema or 1. Raises ValueError for another one or unknown keys."""
+        """Read a record file or its folder, of this schema or an earlier one. Raises ValueError for another one or unknown keys."""
         path = Path(path)
         values = json.loads((path / "record.json" if path.is_dir() else path).read_text())
-        if values.get("schema") == 1:  # before spectra
-            values |= {"schema": SCHEMA, "spectra": {}}
+        if values.get("schema") in (1, 2):  # before spectra, before forgetting
+            values = {"spectra": {}, "forgetting": {}} | values | {"schema": SCHEMA}
         if values.get("schema") != SCHEMA:
             raise ValueError(f"{path}: schema version {values.get('schema')!r}; this version reads {SCHEMA}")
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}

@@ -143,6 +143,10 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Tracker, stop: Sto
             from analysis.spectra_runs import of_run
 
             record.spectra = of_run(ready.model, config, session.folder)
+        if config.forgetting:
+            from analysis import forgetting
+
+            record.forgetting = forgetting.of_run(ready.model, config)
         session.checkpoint.unlink(missing_ok=True)
 
 
