@@ -225,7 +225,48 @@ def test_lst_agrees_with_a_side_network_written_out(kind):
         torch.testing.assert_close(p.grad, q.grad, **tolerance)
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "vit", "gpt2"])
+def t5_side(ladder, stack: nn.Module, mask: torch.Tensor, below: torch.Tensor | None, *inputs, **named) -> torch.Tensor:
+    """h_s (rows, places, d / k) of one stack, written out over the hidden states of a plain one."""
+    seen = []
+    hooks = [stack.block[0].register_forward_pre_hook(lambda m, x: seen.append(x[0]))]
+    hooks += [m.register_forward_hook(lambda m, x, y: seen.append(y[0])) for m in stack.block]
+    stack(*inputs, **named)
+    for hook in hooks:
+        hook.remove()
+    h, bias, cross = ladder.first(seen[0].detach()), None, None
+    for gate, down, small, y in zip(ladder.gates, ladder.downs, ladder.blocks, seen[1:], strict=True):
+        mu = 1 / (1 + torch.exp(-gate / 0.1))
+        h = mu * h + (1 - mu) * down(y.detach())
+        reads = {} if below is None else {"encoder_hidden_states": below, "encoder_decoder_position_bias": cross}
+        h, bias, cross = small(h, mask, bias, **reads)
+    return h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() * ladder.norm.weight
+
+
+def test_lst_agrees_with_the_side_encoder_and_decoder_of_t5_written_out():
+    _, ours = applied("lst", "t5")
+    perturb(ours, 0.3)
+    ours, plain = ours.double(), random_model("t5").double()
+    ladders = [s.ladder for s in (ours.encoder, ours.decoder)]
+    copied = [copy.deepcopy(ladder) for ladder in ladders]
+    batch = {n: t[1:] for n, t in doubled("t5").items()}  # without padding
+    labels, start = batch["labels"], torch.zeros(7, 1, dtype=torch.long)
+    wide = plain.encoder(batch["input_ids"]).last_hidden_state
+    below = t5_side(copied[0], plain.encoder, None, None, batch["input_ids"])
+    read = {"input_ids": torch.cat([start, labels[:, :-1]], 1), "encoder_hidden_states": wide}
+    causal = torch.zeros(10, 10, dtype=torch.double).masked_fill(torch.ones(10, 10).triu(1).bool(), -1e30)[None, None]
+    h = copied[1].up(t5_side(copied[1], plain.decoder, causal, below, **read))
+    expected = plain.lm_head(h * 32**-0.5 if ours.config.tie_word_embeddings else h)
+    torch.testing.assert_close(logits(ours, batch), expected, rtol=1e-5, atol=1e-6)  # position masks are in float32
+    ours(**batch).loss.backward()
+    F.cross_entropy(expected.flatten(0, 1), labels.flatten()).backward()
+    for ladder, other in zip(ladders, copied, strict=True):
+        assert not hasattr(ladder, "up") or ladder is ladders[1]
+        for p, q in zip(ladder.parameters(), other.parameters(), strict=True):
+            assert p.grad.abs().max() > 0
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "vit", "gpt2", "t5"])
 def test_lst_keeps_nothing_of_the_backbone_but_what_the_ladders_read(kind):
     """No storage made inside a backbone layer is kept for the backward pass, and none has a gradient function."""
     _, model = applied("lst", kind)
@@ -235,14 +276,14 @@ def test_lst_keeps_nothing_of_the_backbone_but_what_the_ladders_read(kind):
     backbone, alive, read, kept = model.base_model, [], set(), set()
     pattern = re.compile(role(model, "layers"))
     layers = [m for n, m in backbone.named_modules() if pattern.search(n) and "ladder" not in n]
-    assert len(layers) == 2
+    assert len(layers) == (4 if kind == "t5" else 2)
 
     def watch(module, inputs, output):
         tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, torch.Tensor)]
         alive.extend(tensors)
         assert not any(t.requires_grad for t in tensors)
         if module in layers:
-            read.update(t.untyped_storage().data_ptr() for t in tensors)
+            read.add(tensors[0].untyped_storage().data_ptr())
 
     for layer in layers:
         for module in layer.modules():
@@ -258,7 +299,7 @@ def test_lst_keeps_nothing_of_the_backbone_but_what_the_ladders_read(kind):
     own = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
     assert len(inside) > 10 and read <= kept and not kept & (inside | own)
     loss.backward()
-    assert all(p.grad is not None for p in backbone.ladder.parameters())
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_lst_keeps_less_than_lora():
@@ -273,8 +314,9 @@ def test_lst_keeps_less_than_lora():
     assert found["lst"] < 0.3 * found["lora"]
 
 
-def test_a_ladder_generates_by_beams_with_a_cache_as_without():
-    _, model = applied("lst", "llama")
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_ladder_generates_by_beams_with_a_cache_as_without(kind):
+    _, model = applied("lst", kind)
     perturb(model, 0.3)
     model.eval().generation_config.eos_token_id = None
     ids, fixed = batch_of("llama")["input_ids"][1:4, :6], {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -296,13 +338,14 @@ def test_lst_drops_side_blocks_and_says_what_it_cannot_narrow():
         METHODS["lst"](start="fishy")
 
 
-@pytest.mark.parametrize("kind", ["bert", "vit", "llama", "gpt2", "distilbert", "roberta"])
+@pytest.mark.parametrize("kind", ["bert", "vit", "llama", "gpt2", "distilbert", "roberta", "t5"])
 def test_side_blocks_pruned_by_nothing_are_the_backbone_blocks(kind):
     _, model = applied("lst", kind, reduction=1, start="magnitude")
     layers = [
         m for n, m in model.base_model.named_modules() if re.search(role(model, "layers"), n) and "ladder" not in n
     ]
-    for layer, small in zip(layers, model.base_model.ladder.blocks, strict=True):
+    blocks = [block for m in model.modules() if hasattr(m, "ladder") for block in m.ladder.blocks]
+    for layer, small in zip(layers, blocks, strict=True):
         state = small.state_dict()
         for n, tensor in layer.state_dict().items():
             torch.testing.assert_close(
