@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ class Config:
         choose("isolate", str(self.isolate).lower(), ("auto", "true", "false"))
         if self.cells_per_gpu < 1 or self.lease <= 0:
             raise ValueError(f"cells_per_gpu={self.cells_per_gpu} must be at least 1, lease={self.lease} positive")
+        if self.spectra_every is not None and self.spectra_every < 1:
+            raise ValueError(f"spectra_every={self.spectra_every} must be at least 1 step, or null for never")
         choose("test", self.test, ("open", "locked", "selected"))
 
 
@@ -156,3 +159,4 @@ def choose(key: str, value: str, options: tuple[str, ...]) -> None:
 
 
 ConfigStore.instance().store(name="schema", node=Config)
+OmegaConf.register_new_resolver("token", lambda: secrets.token_hex(2), use_cache=True, replace=True)  # names a command

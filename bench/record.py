@@ -39,7 +39,12 @@ _NOT_IDENTITY = (
 )
 PART = ".part"  # the end of a file's name that is being written
 
-TASK_FACTS = ("sizes", "suite", "group")  # of a task's configuration: what is known about the data, deciding no number
+TASK_FACTS = (
+    "sizes",
+    "suite",
+    "group",
+    "overlaps",
+)  # of a task's configuration: what is known about the data, deciding no number
 
 
 @dataclass
@@ -74,7 +79,7 @@ class Record:
     flops: dict[str, int | None] = field(default_factory=dict)
     energy: dict[str, float | None] = field(default_factory=dict)
     spectra: dict[str, float | None] = field(default_factory=dict)  # `headline` of analysis/spectra_model.py
-    forgetting: dict[str, Any] = field(default_factory=dict)  # of_run of analysis/forgetting.py: numbers and their source
+    forgetting: dict[str, Any] = field(default_factory=dict)  # numbers and their source: analysis/forgetting.py
     history: list[dict[str, float | None]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)

@@ -59,6 +59,11 @@ class Session:
         self.checkpoint = self.folder / "checkpoint.safetensors"
         self.due = Every(self.config.train.checkpoint_seconds)
         self.scored: dict[int, Scored] = {}  # the last scoring of val, by step
+        self.dynamics = None
+        if self.config.spectra_every:
+            from analysis.dynamics import Dynamics
+
+            self.dynamics = Dynamics(self.config, self.folder)
 
     def resume(self) -> None:
         """Go on from the checkpoint, where there is one."""
@@ -107,6 +112,9 @@ class Session:
     def tick(self) -> None:
         """After each step: show progress, stop where asked to, write a checkpoint where one is due."""
         self.bar.update(self.loop.progress.step - self.bar.n)
+        if self.dynamics is not None and self.dynamics.due(self.loop.progress.step):
+            with self.costs.phases("spectra"):
+                self.note(self.loop.progress.step, self.dynamics.look(self.loop.model, self.loop.progress.step))
         self.stop.check()
         if self.due():
             self.save()
