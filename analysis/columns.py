@@ -31,6 +31,8 @@ COSTS: dict[str, Column] = {
     "time_setup": Column("Set-up time", "s"),
     "time_eval": Column("Evaluation time", "s"),
     "time_total": Column("Total time", "s"),
+    "energy_gpu_joules": Column("Energy of the GPU", "J"),
+    "time_generation": Column("Generation time", "s"),
     "flops_forward": Column("Forward FLOPs per batch", "FLOP"),
 }
 MAIN_COSTS = ("trained_params", "memory_peak", "time_step", "flops_train_step")

@@ -13,10 +13,10 @@ function readHash() {
   const first = key => (state[key] || [])[0];
   return { task: first("task"), model: first("model"), view: Number(first("view") || 0), cost: first("cost"), score: first("score"),
     methods: state.methods || null, find: first("find") || "", sort: first("sort") || "score", up: first("up") === "1", theme: first("theme") || "auto",
-    table: first("table") || "task" };
+    table: first("table") || "task", curve: first("curve") || "loss", row: first("row") || "" };
 }
 function writeHash() {
-  const keep = { ...S, view: S.view || "", up: S.up ? "1" : "", theme: S.theme === "auto" ? "" : S.theme, table: S.table === "task" ? "" : S.table };
+  const keep = { ...S, view: S.view || "", up: S.up ? "1" : "", curve: S.curve === "loss" ? "" : S.curve, theme: S.theme === "auto" ? "" : S.theme, table: S.table === "task" ? "" : S.table };
   const parts = Object.entries(keep).filter(([, v]) => v !== null && v !== "").map(([k, v]) => k + "=" + [v].flat().map(encodeURIComponent).join(","));
   history.replaceState(null, "", "#" + parts.join("&"));
 }
@@ -75,8 +75,10 @@ function hover(point, dot) {
   document.querySelectorAll("tr.lit").forEach(r => r.classList.remove("lit"));
   if (!point) return;
   const row = point.row, line = (k, v) => el("div", {}, `${k}: ${v}`);
+  const chance = point.chance === null ? [] : [line("On the front", `in ${(100 * point.chance).toFixed(0)} % of the draws of seeds`)];
   tip.replaceChildren(el("div", {}, row.label), line(columns.get(S.score).title, spread(row, S.score)),
-    ...unique([S.cost, ...D.main]).map(k => line(columns.get(k).title, spread(row, k))), line("Seeds", row.n + (row.missing ? `, ${row.missing} without score` : "")),
+    ...unique([S.cost, ...D.main]).map(k => line(columns.get(k).title, spread(row, k))), ...chance, line("Seeds", row.n + (row.missing ? `, ${row.missing} without score` : "")),
+    line("Runs", row.runs.map(r => r[0]).slice(0, 5).join(", ") + (row.runs.length > 5 ? ", …" : "")), ...Object.entries(row.settings).slice(0, 8).map(([k, v]) => line(k, short(v, 60))),
     ...["metric", "protocol", "device", "software"].filter(k => row[k]).map(k => line(k, row[k])), ...(row.standin ? [line("Data", "generated stand-in")] : []));
   const at = dot.getBoundingClientRect(), size = tip.getBoundingClientRect();
   tip.style.left = Math.max(4, Math.min(at.right + 10, innerWidth - size.width - 8)) + "px";
@@ -96,16 +98,19 @@ let points = [];
 function chart(here) {
   const rows = here.filter(r => r.view === S.view && chosen(r)), cost = columns.get(S.cost), known = rows.filter(r => cost && r.values[S.cost][0] !== null && columns.has(S.score) && r.values[S.score][0] !== null);
   points = known.map(row => { const [x, , xlow, xhigh] = row.values[S.cost], [y, , low, high] = row.values[S.score]; return { x, y, xlow, xhigh, low, high, name: row.label, row }; });
+  const shares = chances(known, S.cost);
+  points.forEach((p, i) => { p.chance = shares[i]; });
   const standin = here.some(r => r.standin);
   byId("front-head").textContent = `Score against cost: ${S.task}, ${S.model}`;
-  byId("caption").textContent = `Filled: on the Pareto front of what is shown; hollow: another is at least as good in both. Bars: 95 % t interval over seeds.` +
+  byId("caption").textContent = `Filled: on the Pareto front of what is shown; hollow: another is at least as good in both. Bars: 95 % t interval over seeds. Select a mark to see its runs.` +
     (rows.length > known.length ? ` ${rows.length - known.length} of ${rows.length} rows have no score or no such cost and are not drawn.` : "");
   if (!points.length) return byId("plot").replaceChildren(el("p", { class: "notice" }, rows.length ? "No row here has both this score and this cost." : "No method is chosen."));
   const metric = S.score === "score" && rows[0].metric ? `Score: ${rows[0].metric}, test` : columns.get(S.score).title;
-  plot(byId("plot"), points, { x: cost.unit ? `${cost.title} (${cost.unit})` : cost.title, y: metric, unit: cost.unit, standin }, hover);
+  plot(byId("plot"), points, { x: cost.unit ? `${cost.title} (${cost.unit})` : cost.title, y: metric, unit: cost.unit, standin }, hover, p => { S.row = S.row === p.row.label ? "" : p.row.label; record(S.row && p.row); writeHash(); });
 }
-const heads = () => [...(S.table === ALL ? ["task", "model"] : []), "label", "score", ...(S.score === "score" ? [] : [S.score]), "n", ...unique([...D.main, ...(columns.has(S.cost) ? [S.cost] : [])])].filter(k => !(k === "score") || columns.has(k));
-const value = (row, key) => (columns.has(key) ? row.values[key][0] : row[key]);
+const heads = () => [...(S.table === ALL ? ["task", "model"] : []), "label", "score", ...(S.score === "score" ? [] : [S.score]), "n", ...(points.some(p => p.chance !== null) && S.table !== ALL ? ["chance"] : []), ...unique([...D.main, ...(columns.has(S.cost) ? [S.cost] : [])])].filter(k => !(k === "score") || columns.has(k));
+const chanceOf = row => points.find(p => p.row === row)?.chance ?? null;
+const value = (row, key) => (columns.has(key) ? row.values[key][0] : key === "chance" ? chanceOf(row) : row[key]);
 function visible() {
   const rows = D.rows.filter(r => (S.table === ALL || (r.task === S.task && r.model === S.model)) && chosen(r) && found(r)), sign = S.up ? 1 : -1;
   return rows.sort((a, b) => {
@@ -115,15 +120,15 @@ function visible() {
   });
 }
 function table() {
-  const rows = visible(), keys = heads(), number = k => (columns.has(k) || k === "n" ? "number" : "");
+  const rows = visible(), keys = heads(), number = k => (columns.has(k) || k === "n" || k === "chance" ? "number" : ""), share = v => (v === null ? "–" : `${(100 * v).toFixed(0)} %`);
   const head = keys.map(k => {
-    const button = el("button", { type: "button" }, (k === "label" ? "method" : columns.has(k) ? columns.get(k).title : k) + (S.sort === k ? (S.up ? " ▲" : " ▼") : ""));
+    const button = el("button", { type: "button" }, (k === "label" ? "method" : k === "chance" ? "On the front" : columns.has(k) ? columns.get(k).title : k) + (S.sort === k ? (S.up ? " ▲" : " ▼") : ""));
     button.addEventListener("click", () => { S.up = S.sort === k ? !S.up : !columns.has(k) || !columns.get(k).score; S.sort = k; table(); writeHash(); });
     return el("th", { class: number(k), "aria-sort": S.sort === k ? (S.up ? "ascending" : "descending") : "none" }, button);
   });
   const body = rows.map(row => {
     const point = points.find(p => p.row === row);
-    const cell = k => el("td", { class: number(k) || long(row[k]) }, columns.has(k) ? spread(row, k) : k === "n" ? row.n + (row.missing ? ` of ${row.n + row.missing}` : "") : row[k],
+    const cell = k => el("td", { class: number(k) || long(row[k]) }, columns.has(k) ? spread(row, k) : k === "chance" ? share(chanceOf(row)) : k === "n" ? row.n + (row.missing ? ` of ${row.n + row.missing}` : "") : row[k],
       ...(k === "label" && row.standin ? [el("span", { class: "tag" }, "stand-in data")] : []));
     const line = el("tr", { class: point && point.front ? "front" : "" }, ...keys.map(cell));
     if (point) point.line = line;
@@ -151,7 +156,7 @@ function theme() {
 }
 function render() {
   const settled = settle(S);
-  theme(); controls(settled); chart(settled.here); table(); writeHash();
+  theme(); controls(settled); chart(settled.here); table(); parts(settled.here); writeHash();
 }
 function start() {
   const total = Object.values(D.counts).reduce((a, b) => a + b, 0), statuses = Object.entries(D.counts).filter(([, n]) => n).map(([s, n]) => `${n} ${s}`);

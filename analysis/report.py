@@ -1,6 +1,6 @@
 """One interactive HTML file of a folder of runs: no network, no dependency, opens from disk.
 
-The page is `page.html` with `page.css`, `plot.js` and `page.js` inlined; the results travel as JSON, and the scripts build
+The page is `page.html` with `page.css` and the scripts of `SCRIPTS` inlined; the results travel as JSON, and the scripts build
 every element through `textContent`, so that nothing in a record can act as markup.
 """
 
@@ -15,11 +15,14 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import sections
 from analysis.columns import COSTS, MAIN_COSTS, METRICS, Column, is_score
 from analysis.fronts import Mixed, refuse_mixed
+from analysis.sections import number
 from analysis.summary import summarise
 from bench.record import STATUSES, write_atomically
 
+SCRIPTS = ("plot.js", "charts.js", "parts.js", "page.js")
 _DATA_FACTS = ("kind", "path", "name", "revision", "protocol", "licence", "rows_train", "rows_val", "rows_test")
 
 
@@ -30,7 +33,7 @@ def report(runs: pd.DataFrame, path: str | Path = "report.html", title: str = "P
     """
     page = _part("page.html")
     content = json.dumps(payload(runs, title), allow_nan=False).replace("<", "\\u003c")
-    parts = {"style": _part("page.css"), "plot": _part("plot.js"), "script": _part("page.js"), "data": content}
+    parts = {"style": _part("page.css"), "script": "\n".join(map(_part, SCRIPTS)), "data": content}
     for name, text in parts.items():
         page = page.replace(f"/*{name}*/", text, 1)
     write_atomically(Path(path), page)
@@ -43,14 +46,24 @@ def payload(runs: pd.DataFrame, title: str) -> dict[str, Any]:
     columns = [c for c in table.columns if (c in COSTS or is_score(c)) and not c.endswith(("_sd", "_low", "_high"))]
     columns = [c for c in columns if table[c].notna().any()]
     table["view"] = views(table)
+    table["picked"] = sections.picked(table)
+    by_id = {str(run["id"]): run for run in runs.to_dict("records")}
+    shown, settings = [*(c for c in columns if c in COSTS)], _settings(runs)
     return {
         "title": title,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "counts": {status: int((runs["status"] == status).sum()) for status in STATUSES},
         "problems": [[str(part) for part in problem] for problem in runs.attrs.get("problems", [])],
         "columns": [_column(name) for name in columns],
+        "costs": shown,
         "main": [c for c in MAIN_COSTS if c in columns],
-        "rows": [_row(row, columns) for row in table.to_dict("records")],
+        "rows": [
+            _row(row, columns) | _behind([by_id[i] for i in dict.fromkeys(row["ids"])], shown, settings)
+            for row in table.to_dict("records")
+        ],
+        "matrices": sections.matrices(table, by_id),
+        "overviews": sections.overviews(runs),
+        "budgets": sections.budgets(table),
         "absent": [_absent(run) for run in runs[runs["status"] != "ok"].to_dict("records")],
         "data": _distinct(runs, ["task", *(f"data_{fact}" for fact in _DATA_FACTS), "data_fingerprint"]),
         "environment": _distinct(runs, ["model", "config_model_path", "config_model_revision", *_ENVIRONMENT]),
@@ -64,6 +77,8 @@ def views(table: pd.DataFrame) -> pd.Series:
     """For each row the number, within its task and model, of the set of rows that it may be compared with."""
     view = pd.Series(0, index=table.index)
     for _, part in table.groupby(["task", "model"], dropna=False):
+        if _comparable(part):
+            continue
         sets: list[list[Any]] = []
         for index in part.index:
             home = next((i for i, rows in enumerate(sets) if _comparable(table.loc[[*rows, index]])), len(sets))
@@ -103,9 +118,28 @@ def _row(row: dict[Any, Any], columns: list[str]) -> dict[str, Any]:
         "software",
         "experiment",
     )
-    values = {c: [_number(row[f"{c}{end}"]) for end in ("", "_sd", "_low", "_high")] for c in columns}
+    values = {c: [number(row[f"{c}{end}"]) for end in ("", "_sd", "_low", "_high")] for c in columns}
     counts = {"n": int(row["n"]), "missing": int(row["missing"]), "view": int(row["view"])}
-    return {f: _cell(row.get(f)) for f in facts} | counts | {"standin": bool(row["data_standin"]), "values": values}
+    return (
+        {f: _cell(row.get(f)) for f in facts}
+        | counts
+        | {"picked": bool(row["picked"]), "standin": bool(row["data_standin"]), "values": values}
+    )
+
+
+def _settings(runs: pd.DataFrame) -> list[str]:
+    """The columns of settings worth showing: the method's own, and those that differ between runs."""
+    ignored = ("config_seed", "config_results", "config_name", "config_device", "config_wandb")
+    found = [c for c in runs.columns if c.startswith("config_") and not c.startswith(ignored)]
+    return [c for c in found if c.startswith("config_method") or runs[c].nunique(dropna=False) > 1]
+
+
+def _behind(runs: list[dict[Any, Any]], costs: list[str], settings: list[str]) -> dict[str, Any]:
+    """What stands behind one row: each finished run's id, seed, score and costs; the settings, curves and spectra."""
+    done = sections.finished(runs)
+    each = [[_cell(run["id"]), _cell(run["seed"]), *(number(run[c]) for c in ("score", *costs))] for run in done]
+    known = {c.removeprefix("config_"): _cell(runs[0][c]) for c in settings if _cell(runs[0][c])}
+    return {"runs": each, "settings": known, "curves": sections.curves(done), "spectra": sections.spectra(done)}
 
 
 def _absent(run: dict[Any, Any]) -> dict[str, str]:
@@ -118,10 +152,6 @@ def _distinct(runs: pd.DataFrame, names: list[str]) -> dict[str, Any]:
     rows = runs[known].astype(object).drop_duplicates()
     heads = [name.removeprefix("data_").removeprefix("config_").removeprefix("environment_") for name in known]
     return {"heads": [h.replace("_", " ") for h in heads], "rows": [[_cell(v) for v in row] for row in rows.to_numpy()]}
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _cell(value: Any) -> str:

@@ -91,11 +91,12 @@ def _counts(groups: Any) -> pd.DataFrame:
 
 
 def _facts(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Per group: the metric's name and the test rows of each seed, ((seed, fingerprint), ...)."""
+    """Per group: the metric's name, the runs' ids, and the test rows of each seed, ((seed, fingerprint), ...)."""
     groups = runs.groupby(keys, dropna=False, sort=False)
     facts: dict[str, Any] = {}
     pairs: Any = groups[["seed", "data_fingerprint"]].apply(_pairs)  # type: ignore[call-overload]
     facts["data_fingerprints"] = pairs
+    facts["ids"] = groups["id"].agg(tuple) if "id" in runs else None
     for name in ("metric", "experiment"):
         if name in runs and name not in keys:
             facts[name] = groups[name].agg(lambda c: ", ".join(sorted({v for v in c if isinstance(v, str) and v})))

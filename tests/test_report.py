@@ -1,10 +1,13 @@
 """The report is one inert file that draws itself in a real browser."""
 
+import itertools
 import json
 import re
 import shutil
 import subprocess
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import analysis
@@ -114,6 +117,8 @@ def test_it_draws_every_method_of_a_task_and_nothing_runs(page, tmp_path):
 def test_the_address_chooses_task_cost_methods_and_theme(page, tmp_path):
     dom = visit(page, tmp_path, "#task=stsb&cost=memory_peak&methods=lora,dora&theme=dark&table=task")
     assert sorted(points(dom)) == ["dora", "lora"]
+    names = re.findall(r'class="line [^"]*" data-name="([^"]*)"', dom)
+    assert sorted(set(names)) == ["dora", "lora"], "the learning curves follow the filter"
     assert "Peak memory (bytes)" in dom and 'data-theme="dark"' in dom and "Methods: 2 of 6" in dom
     assert "2 of 17 rows" in dom
     lit = visit(page, tmp_path, f"#task={'sst2%20(stand-in)'}")
@@ -151,3 +156,86 @@ def test_pickers_filters_sorting_and_csv_work(page, tmp_path):
     assert "task=stsb" in seen["hash"] and "cost=time_step" in seen["hash"]
     lines = seen["csv"].strip().split("\r\n")
     assert len(lines) == 1 + 17 and lines[0].startswith('"task","model","method"') and '"score_low"' in lines[0]
+
+
+def rich(folder):
+    """Runs with predictions, tuning, spectra, allocated ranks; one of another software, one scored on other rows."""
+    random = np.random.default_rng(0)
+    right = {m: random.random(300) < p for m, p in {"lora": 0.9, "ia3": 0.3, "full": 0.6, "odd": 0.6}.items()}
+    right["dora"] = right["lora"] ^ (np.arange(300) < 3)
+    for method, task, seed in itertools.product(right, ("rte", "stsb", "mrpc"), range(2)):
+        software = {"torch": "9" if method == "full" else "2"}
+        facts = {"device": "cpu", "memory": "counted", "software": software}
+        history = [{"step": float(s), "loss": 1 / (1 + s), "rank": 64.0 - s} for s in range(5)]
+        spectra = {"matrices": 4, "intruders": 7, "k": 10, "epsilon": 0.5, "intruders_at_0.3": 1, "intruders_at_0.5": 7}
+        record = synthetic(method, task, seed, environment=facts, history=history, spectra=spectra)
+        record.score = float(right[method].mean())
+        record.metrics = {"val/accuracy": record.score}
+        save_predictions(record, folder, right[method], offset=100 if method == "odd" else 0)
+        if (method, task) == ("lora", "rte"):
+            worse = synthetic(method, task, seed, lr=9.0, environment=facts, metrics={"val/accuracy": 0.1}, score=0.2)
+            worse.save(folder)
+    return folder
+
+
+def save_predictions(record, folder, right, offset):
+    label = np.arange(len(right)) % 2
+    table = pd.DataFrame({"row_id": np.arange(len(right)) + offset, "label": label})
+    table = table.assign(prediction=np.where(right, label, 1 - label), score=0.5, split="test")
+    table.to_parquet(record.save(folder).parent / "predictions.parquet", index=False)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    runs = analysis.load(rich(folder / "results"))
+    return runs, report(runs, folder / "report.html")
+
+
+def test_the_matrix_of_a_task_says_what_it_compared_and_what_not(whole):
+    data = analysis.report.payload(whole[0], "t")
+    (found,) = [m for m in data["matrices"] if m["task"] == "rte"]
+    said = {frozenset((found["names"][i], found["names"][j])): rest for i, j, *rest in found["pairs"]}
+    lora = next(n for n in found["names"] if n.startswith("lora"))
+    assert lora == "lora (train_lr=0.001)" and len(found["names"]) == 5, "of two settings the one that val chose"
+    gap, p, evidence = said[frozenset((lora, "ia3"))]
+    assert abs(gap) > 0.5 and p < 0.001 and evidence == "predictions"
+    assert said[frozenset((lora, "dora"))][1] > 0.05
+    assert said[frozenset((lora, "full"))][1:] == [None, "software"]
+    assert said[frozenset((lora, "odd"))][1:] == [None, "other test rows"]
+    (overview,) = data["overviews"]
+    assert "differ in software" in overview["reason"], "over tasks the guard refuses as well"
+
+
+@browser
+def test_every_section_is_drawn(whole, tmp_path):
+    dom = visit(whole[1], tmp_path, "#task=rte&curve=rank&row=dora")
+    for name in ("record", "significance", "tasks", "memory", "time", "learning", "tuning", "spectra"):
+        part = re.search(f'<section id="{name}"(.*?)</section>', dom, re.S).group(1)
+        assert not part.startswith(" hidden") and ("<td" in part or 'class="line' in part or 'class="fill' in part), (
+            name
+        )
+    assert "pair better" in dom and "different software: not compared" in dom and "Not compared: one comparison" in dom
+    curves = re.search('<section id="learning"(.*?)</section>', dom, re.S).group(1)
+    assert ">rank</text>" in curves and re.search(r'<option value="rank" selected="">', curves)
+    assert "Runs of dora: rte" in dom
+
+
+@browser
+def test_ranks_over_tasks_are_drawn_where_they_may_be_compared(page, tmp_path):
+    dom = visit(page, tmp_path, "#task=rte")
+    assert "Critical-difference diagram" in dom and "Mean ranks over 2 tasks" in dom
+    assert "It cannot: 2 tasks give no p below 0.5" in dom
+
+
+@browser
+def test_a_phone_shows_no_wider_page(whole, tmp_path):
+    """In a frame of 390 pixels nothing but the tables' own scroll areas is wider than the frame."""
+    probe = "document.title = `wide ${document.documentElement.scrollWidth}`; parent.postMessage(document.title, '*');"
+    inner = tmp_path / "inner.html"
+    inner.write_text(whole[1].read_text().replace("</script>\n</body>", f"{probe}</script>\n</body>"))
+    outer = tmp_path / "outer.html"
+    frame = f'<iframe src="{inner.as_uri()}#task=rte" style="width:390px;height:800px"></iframe><pre id="said"></pre>'
+    outer.write_text(f"{frame}<script>onmessage = e => {{ said.textContent = e.data; }}</script>")
+    said = re.search(r'<pre id="said">wide (\d+)</pre>', visit(outer, tmp_path / "profile"))
+    assert 300 < int(said.group(1)) <= 390

@@ -1,0 +1,157 @@
+"""What the report shows besides its table, as plain JSON values: learning curves, significance, ranks, tuning, spectra.
+
+Every part follows the guard of comparisons: rows of different conditions are in different sets (`view`), pairs of different
+software have no p-value, and an overview over tasks that cannot be made says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import ranks, tuning
+from analysis.columns import METRICS
+from analysis.fronts import Mixed
+from analysis.pairs import all_pairs
+from analysis.plots_runs import history_of
+
+POINTS = 60  # of a learning curve
+SPECTRA = "spectra_"
+
+
+def number(value: Any, digits: int = 6) -> float | None:
+    """A finite number to some significant digits, which halves the file; None for anything else."""
+    return float(f"{value:.{digits}g}") if value is not None and math.isfinite(value) else None
+
+
+Run = dict[Any, Any]  # a row of `analysis.load`
+
+
+def curves(runs: Iterable[Run]) -> dict[str, Any]:
+    """Of each quantity in the histories of one row's runs: [steps, means over seeds] and, of several seeds, lowest, highest."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for path in dict.fromkeys(run["path"] for run in runs if "path" in run):
+        for point in history_of(path):
+            for name, value in point.items():
+                if name != "step" and isinstance(value, int | float):
+                    found.setdefault(name, {}).setdefault(point["step"], []).append(value)
+    return {name: _thinned(steps) for name, steps in found.items() if len(steps) > 1}
+
+
+def _thinned(steps: dict[float, list[float]]) -> list[list[float | None]]:
+    order = sorted(steps)
+    kept = [order[i] for i in np.unique(np.linspace(0, len(order) - 1, POINTS).round().astype(int))]
+    means = [number(sum(steps[s]) / len(steps[s]), 4) for s in kept]
+    if max(len(steps[s]) for s in kept) == 1:
+        return [[number(s) for s in kept], means]
+    ends = [[number(end(steps[s]), 4) for s in kept] for end in (min, max)]
+    return [[number(s) for s in kept], means, *ends]
+
+
+def chosen(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per method: of several settings the one with the best val; without val none of them can be chosen."""
+    columns = {m: f"{METRICS}val/{m}" for m in set(rows["metric"])}
+    val = [row.get(columns[row["metric"]], math.nan) for row in rows.to_dict("records")]
+    ranked = rows.assign(val=val, alone=~rows["method"].duplicated(keep=False))
+    ranked = ranked[(ranked["alone"] | ranked["val"].notna()) & ranked["score"].notna()]
+    return ranked.sort_values("val", ascending=False, kind="stable").drop_duplicates("method").sort_index()
+
+
+def picked(table: pd.DataFrame) -> pd.Series:
+    """Whether a row is the one of its method in its task, model and view, as `chosen` says."""
+    parts = [chosen(rows).index for _, rows in table.groupby(["task", "model", "view"], sort=False)]
+    return pd.Series(table.index.isin(np.concatenate(parts)), index=table.index)
+
+
+def matrices(table: pd.DataFrame, runs: dict[str, Run]) -> list[dict[str, Any]]:
+    """Of each task, model and view with several methods: their names and every pair, [i, j, difference, p_holm, evidence].
+
+    table: of `summarise`, with `view`. runs: id -> run.
+    """
+    found = []
+    for (task, model, view), rows in table.groupby(["task", "model", "view"], sort=False):
+        rows = rows[rows["picked"]].sort_values("score", ascending=False)
+        if len(rows) < 2:
+            continue
+        names = rows["label"].tolist()
+        own = {label: finished(runs[i] for i in ids) for label, ids in zip(names, rows["ids"], strict=True)}
+        pairs = all_pairs(own).to_dict("records")
+        place = {name: i for i, name in enumerate(names)}
+        cells = [[place[p["first"]], place[p["second"]], *_said(p)] for p in pairs]
+        found.append({"task": task, "model": model, "view": int(view), "names": names, "pairs": cells})
+    return found
+
+
+def finished(runs: Iterable[Run]) -> list[Run]:
+    """Those with status ok and a score, one per seed."""
+    done = {run["seed"]: run for run in runs if run["status"] == "ok" and math.isfinite(run["score"])}
+    return list(done.values())
+
+
+def _said(pair: dict[Any, Any]) -> list[Any]:
+    return [number(pair["difference"], 4), number(pair["p_holm"], 3), pair["evidence"]]
+
+
+def overviews(runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """Of each model (real and stand-in data apart): mean ranks, critical differences and Wilcoxon p-values over its tasks."""
+    ok = runs[(runs["status"] == "ok") & runs["score"].notna()]
+    keys = [c for c in ("model", "data_standin", "source") if c in ok]
+    parts = ok.groupby(keys, sort=False, dropna=False)
+    return [{"model": str(k[0])} | _overview(part) for k, part in parts if part["task"].nunique() > 1]
+
+
+def _overview(part: pd.DataFrame) -> dict[str, Any]:
+    names, tasks = list(dict.fromkeys(part["method"])), part["task"].nunique()
+    whole = [m for m, own in part.groupby("method", sort=False) if own["task"].nunique() == tasks]
+    facts: dict[str, Any] = {"tasks": sorted(set(part["task"])), "left": sorted(set(names) - set(whole))}
+    if len(whole) < 3:
+        return facts | {"reason": f"{len(whole)} methods have a score on all {tasks} tasks: ranks need 3"}
+    part = part[part["method"].isin(whole)]
+    try:
+        one = part.groupby([*ranks.BLOCK, "method"])["settings"].nunique().max() <= 1
+        scores = ranks.by_task(part if one else tuning.selected(part))
+        diagram = ranks.critical_difference(scores)
+    except (Mixed, ValueError) as error:
+        return facts | {"reason": str(error)}
+    p = ranks.wilcoxon_pairs(scores).loc[diagram["method"], diagram["method"]].to_numpy()
+    about = {"names": diagram["method"].tolist(), "ranks": [number(r, 4) for r in diagram["mean_rank"]]}
+    about |= {"bars": diagram.attrs["bars"], "cd": number(diagram.attrs["cd"], 4)}
+    pairs = [[i, j, None, number(p[i, j], 3), "tasks"] for i in range(len(p)) for j in range(i + 1, len(p))]
+    return facts | about | {"friedman": number(diagram.attrs["friedman_p"], 3), "pairs": pairs}
+
+
+def budgets(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Best-at-n curves of the methods with several settings in a view: [n, expected test score, low, high] each."""
+    found = []
+    for (task, model, view), rows in table.groupby(["task", "model", "view"], sort=False):
+        tried = chosen_by(rows)
+        if tried["method"].duplicated().any() and tried["val"].notna().any():
+            lines = tuning.curve(tried[tried.groupby("method")["val"].transform("count") > 1], draws=200)
+            series = [_line(name, own) for name, own in lines.groupby("method", sort=False)]
+            found.append({"task": task, "model": model, "view": int(view), "series": series})
+    return found
+
+
+def chosen_by(rows: pd.DataFrame) -> pd.DataFrame:
+    """method, task, val and score of each setting (mean over seeds), for `tuning.curve`."""
+    val = [row.get(f"{METRICS}val/{row['metric']}", math.nan) for row in rows.to_dict("records")]
+    return rows[["method", "task", "model", "score"]].assign(val=val)
+
+
+def _line(name: Any, own: pd.DataFrame) -> dict[str, Any]:
+    columns = [[number(v, 5) for v in own[c]] for c in ("n", "test", "test_low", "test_high")]
+    return {"name": str(name), "points": columns}
+
+
+def spectra(runs: Iterable[Run]) -> dict[str, float]:
+    """Means over a row's runs of what the spectra of their weights said, e.g. intruders, effective_rank; empty without."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for key in (k for k in run if k.startswith(SPECTRA)):
+            if number(run[key]) is not None:
+                found.setdefault(key.removeprefix(SPECTRA), []).append(run[key])
+    return {key: float(f"{sum(values) / len(values):.4g}") for key, values in found.items()}
