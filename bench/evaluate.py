@@ -60,7 +60,7 @@ def evaluate(path: Path, root: str | None = None, device: str = "cpu") -> dict[s
         new = ready.predict(split, config)
         before = old[old["split"] == split].sort_values("row_id", ignore_index=True)
         changed.append(new["prediction"].ne(before["prediction"]))
-        found |= {f"{split}/{k}": v for k, v in ready.task.score(new).items()}
+        found |= {f"{split}/{k}": v for k, v in ready.task.task_of(split).score(new).items()}
     return found | {"changed": float(pd.concat(changed).mean())}
 
 

@@ -159,14 +159,15 @@ class Task:
             name = self.splits[split]
             parts = [units[name][k] for k in positions]
             ids = [offsets[name] + part[0] for part in parts]
-            keep = cutting.subset(ids, self.limit.get(split), [len(part) for part in parts])
+            limit = None if split in self._drawn() else self.limit.get(split)
+            keep = cutting.subset(ids, limit, [len(part) for part in parts])
             indices = sorted(i for k in keep for i in parts[k])
             splits[split] = self.select(found.splits[name], indices, [offsets[name] + i for i in indices])
         if self.unit is not None:
             protocol += f"; what is cut are groups of rows with the same {self.unit}"
         if self.shots is not None:
             protocol += f"; {self.shots} training rows per class drawn by the seed of the run"
-            splits |= self._few(splits["train"], self.shots, seed)
+            splits |= self._few(splits["train"], seed)
         return splits, protocol
 
     def _units(self, rows: Dataset) -> list[list[int]]:
@@ -201,29 +202,30 @@ class Task:
         whole[indices] = ids
         return rows.add_column("row_id", whole).select(indices)  # type: ignore[arg-type, call-arg]
 
-    def _few(self, rows: Dataset, shots: int, seed: int) -> dict[str, Dataset]:
-        target = self.target()
-        train, val = cutting.draw(rows[target] if target else [0] * len(rows), shots, seed)
-        few = {"train": rows.select(train)}
-        if self.protocol == "fewshot":
-            few["val"] = rows.select(val)
-        return few
+    def _drawn(self) -> tuple[str, ...]:
+        return () if self.shots is None else ("train", "val") if self.protocol == "fewshot" else ("train",)
+
+    def _few(self, rows: Dataset, seed: int) -> dict[str, Dataset]:
+        classes = rows[self.target()][:] if self.target() else [0] * len(rows)
+        drawn = cutting.draw(classes, self.shots or 0, seed)
+        few = {split: rows.select(part) for split, part in zip(self._drawn(), drawn, strict=False)}
+        return {s: part.select(cutting.subset(part["row_id"][:], self.limit.get(s))) for s, part in few.items()}
 
     def _check(self, splits: dict[str, Dataset]) -> None:
         ids = {s: set(rows["row_id"]) for s, rows in splits.items()}
         for split, rows in splits.items():
             if len(ids[split]) != len(rows) or not ids[split]:
                 raise ValueError(f"{self.path}/{self.name}: {split} is empty or has rows twice ({len(rows)} rows)")
-        shared = {(a, b) for a, b in cutting.PAIRS if ids[a] & ids[b]}
+        shared = {pair for pair in cutting.PAIRS if ids[pair[0]] & ids[pair[1]]}
         if shared - ({("val", "test")} if self.protocol == "devset" else set()):
             raise ValueError(f"{self.path}/{self.name}: {shared} share rows under the protocol {self.protocol!r}")
 
     def _source(self, found: Public, splits: dict[str, Dataset], protocol: str) -> dict[str, Any]:
-        limit = {split: rows for split, rows in self.limit.items() if rows is not None}
+        limit, package = {s: n for s, n in self.limit.items() if n is not None}, found.source.get("package", {})
         return found.source | {
             "path": self.path,
             "name": self.name,
-            "licence": self.licence if not found.source["standin"] else "generated",
+            "licence": "generated" if found.source["standin"] else package.get("licence", self.licence),
             "version": self.version,
             "suite": self.suite,
             "group": self.group,

@@ -1,4 +1,4 @@
-"""Text classification and regression, of one text or a pair (GLUE, BoolQ, reviews), with an encoder or a decoder."""
+"""Text classification and regression, of one text or a pair (GLUE, SuperGLUE, reviews), with an encoder or a decoder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tasks.base import Row, Task, register
 from tasks.metrics import scores
+from tasks.templates import at, named
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     Batch = dict[str, Tensor]
 
 _CLASSES = ("accuracy", "f1", "matthews")
+_OPTIONS = ("f1_question", "exact_question")
 _VALUES = ("pearson", "spearman", "pearson_spearman")
 
 
@@ -24,7 +26,10 @@ _VALUES = ("pearson", "spearman", "pearson_spearman")
 class Classification(Task):
     """Labels are classes 0..labels-1, or with `labels=1` one real value (mean squared error)."""
 
-    text: list[str] = field(default_factory=lambda: ["sentence"])  # one or two columns, in order
+    text: list[str] = field(default_factory=lambda: ["sentence"])  # one or two columns, or templates over columns
+    question: list[str] = field(
+        default_factory=list
+    )  # column.key that name the question whose options are rows (MultiRC)
     label: str = "label"
     labels: int = 2  # 1: regression
     metric: str = "accuracy"
@@ -33,12 +38,13 @@ class Classification(Task):
     kind: ClassVar[str] = "classification"
     model_class: ClassVar[str] = "AutoModelForSequenceClassification"
     head: ClassVar[tuple[str, ...]] = ("classifier", "score", "pre_classifier", "pooler", "classification_head")
-    metrics: ClassVar[tuple[str, ...]] = _CLASSES + _VALUES
+    metrics: ClassVar[tuple[str, ...]] = _CLASSES + _OPTIONS + _VALUES
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.metric in _VALUES) != (self.labels == 1):
-            kind = ", ".join(_VALUES if self.labels == 1 else _CLASSES)
+        options = _VALUES if self.labels == 1 else _CLASSES + (_OPTIONS if self.question else ())
+        if self.metric not in options:
+            kind = ", ".join(options)
             raise ValueError(f"task.metric={self.metric!r} does not fit task.labels={self.labels}: it takes {kind}")
 
     def options(self, config: Any = None) -> dict[str, Any]:
@@ -47,7 +53,10 @@ class Classification(Task):
         return {"num_labels": self.labels, "problem_type": problem}
 
     def columns(self) -> list[str]:
-        return [*self.text, self.label]
+        return list(dict.fromkeys([*self._texts(), *(path.partition(".")[0] for path in self.question), self.label]))
+
+    def _texts(self) -> list[str]:
+        return [column for text in self.text for column in named(text) or [text]]
 
     def target(self) -> str | None:
         return self.label if self.labels > 1 else None
@@ -56,11 +65,11 @@ class Classification(Task):
         from tasks import standin
 
         texts, label = standin.TEXTS[self.standin](rng, self.labels)
-        return dict(zip(self.text, texts, strict=True)) | {self.label: label}
+        return dict(zip(self.columns(), [*texts, label], strict=True))
 
     def encode(self, row: Row, processor: Any) -> Row:
         """Token ids; a pair gets the tokenizer's own separator, or a line break where it has none (GPT-2)."""
-        texts = [row[c] for c in self.text]
+        texts = [text.format(**row) if named(text) else row[text] for text in self.text]
         if len(texts) > 1 and not _separates(processor):
             texts = ["\n".join(texts)]
         length = min(self.max_length, processor.model_max_length)
@@ -89,14 +98,25 @@ class Classification(Task):
             for batch, rows in batches:
                 inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
                 logits = model(**inputs).logits.float().cpu()
-                ids = [r["row_id"] for r in rows]
-                parts.append(pd.DataFrame({"row_id": ids, "label": batch["labels"].cpu().numpy()} | _decide(logits)))
+                table = {"row_id": [r["row_id"] for r in rows], "label": batch["labels"].cpu().numpy()} | _decide(
+                    logits
+                )
+                if self.question:
+                    table["question"] = ["/".join(str(at(r, path)) for path in self.question) for r in rows]
+                parts.append(pd.DataFrame(table))
         return pd.concat(parts, ignore_index=True)
 
     def score(self, predictions: pd.DataFrame) -> dict[str, float]:
-        """Accuracy, F1 (binary: of class 1, else macro) and Matthews correlation; or Pearson, Spearman and their mean."""
+        """Accuracy, F1 (binary: of class 1, else macro) and Matthews correlation; or Pearson, Spearman and their mean.
+
+        Where options of one question are rows: F1 is over all of them (F1a), `f1_question` the mean of each question's F1
+        (F1m), `exact_question` the share of questions with all options right (EM).
+        """
         names = _VALUES[:2] if self.labels == 1 else _CLASSES
-        found = scores(names, list(predictions["prediction"]), list(predictions["label"]), self.labels)
+        label, prediction = list(predictions["label"]), list(predictions["prediction"])
+        found = scores(names, prediction, label, self.labels)
+        if self.question:
+            found |= scores(_OPTIONS, prediction, label, questions=list(predictions["question"]))
         return found | {"pearson_spearman": (found["pearson"] + found["spearman"]) / 2} if self.labels == 1 else found
 
 

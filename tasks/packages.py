@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from tasks.mirror import Source
 from tasks.package_choice import CHOICE
+from tasks.package_dev import DEV
 from tasks.package_images import IMAGES
+from tasks.package_math import MATH
 from tasks.package_text import TEXT
 
-SOURCES: dict[str, Source] = TEXT | CHOICE | IMAGES
+SOURCES: dict[str, Source] = TEXT | MATH | DEV | CHOICE | IMAGES
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")  # only stsb lies in a package
 
