@@ -20,12 +20,15 @@ RANDOM: dict[str, dict[str, Any]] = {
     "deberta": TINY | _QUIET | dict(pooler_hidden_size=32, relative_attention=True, pos_att_type=["p2c", "c2p"]),
     "distilbert": dict(dim=32, n_layers=2, n_heads=4, hidden_dim=64, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0),
     "vit": TINY | _QUIET | dict(image_size=16, patch_size=8),
+    "deit": TINY | _QUIET | dict(image_size=16, patch_size=8, architectures=["DeiTForImageClassification"]),
     "llama": TINY | dict(num_key_value_heads=2, max_position_embeddings=512),
     "qwen2": TINY | dict(num_key_value_heads=2, max_position_embeddings=512),
+    "phi3": TINY | dict(num_key_value_heads=2, max_position_embeddings=512, original_max_position_embeddings=512),
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=512, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "t5": dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0),
 }  # fmt: skip
-_DECODERS = ("llama", "qwen2", "gpt2")
+_DECODERS = ("llama", "qwen2", "phi3", "gpt2")
+_IMAGES = ("vit", "deit")
 HEADS = ("classifier", "score", "pre_classifier", "pooler", "classification_head")  # of models without a checkpoint
 
 
@@ -38,11 +41,11 @@ def random_model(kind: str, num_labels: int = 2, seed: int = 0, model_class: str
     import transformers
 
     name = {"deberta": "deberta-v2"}.get(kind, kind)
-    text = {} if kind == "vit" else dict(vocab_size=384, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    text = {} if kind in _IMAGES else dict(vocab_size=384, pad_token_id=0, eos_token_id=1, bos_token_id=2)
     config = transformers.AutoConfig.for_model(name, **RANDOM[kind], **text, num_labels=num_labels)
     auto = model_class or (
         "AutoModelForCausalLM" if kind in _DECODERS
-        else "AutoModelForImageClassification" if kind == "vit"
+        else "AutoModelForImageClassification" if kind in _IMAGES
         else "AutoModelForSeq2SeqLM" if kind == "t5"
         else "AutoModelForSequenceClassification"
     )  # fmt: skip

@@ -55,6 +55,13 @@ ARCHITECTURES: dict[str, dict[str, str]] = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma3_text": _LLAMA,
+    "phi3": _LLAMA
+    | dict(
+        query=r"self_attn\.qkv_proj$",  # fused, as gate and up are
+        key=r"self_attn\.qkv_proj$",
+        value=r"self_attn\.qkv_proj$",
+        mlp_input=r"mlp\.gate_up_proj$",
+    ),
     "gpt2": dict(
         layers=r"h\.\d+$",
         query=r"attn\.c_attn$",  # query, key and value are one fused layer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -69,7 +70,16 @@ class IA3(Method):
     mergeable: ClassVar[bool] = True
 
     def apply(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
-        fused = role(model, "query") == role(model, "key")
+        share = queries(model)
         adapt_linears(model, "mlp_output", ScaledInput)
-        adapt_linears(model, "key_value", lambda base: ScaledOutput(base, base.out_features // 3 if fused else 0))
+        adapt_linears(model, "key_value", lambda base: ScaledOutput(base, int(share * base.out_features)))
         return model
+
+
+def queries(model: nn.Module) -> Fraction:
+    """Which share of a layer's first outputs are queries, where it makes keys and values too; 0 where it does not."""
+    if role(model, "query") != role(model, "key"):
+        return Fraction(0)
+    heads = getattr(model.config, "num_attention_heads", 1)
+    groups = getattr(model.config, "num_key_value_heads", None) or heads
+    return Fraction(heads, heads + 2 * groups)

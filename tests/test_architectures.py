@@ -44,10 +44,6 @@ def further(kind: str) -> nn.Module:
 
     if kind == "hiera":
         return hiera()
-    if kind == "deit":
-        image = {k: v for k, v in TEXT.items() if k not in ("vocab_size", "pad_token_id")}
-        config = transformers.DeiTConfig(**image, image_size=16, patch_size=8)
-        return transformers.DeiTForImageClassification(config)
     config = transformers.AutoConfig.for_model(kind, **TEXT, num_key_value_heads=2, head_dim=8)
     return transformers.AutoModelForCausalLM.from_config(config)
 
@@ -61,11 +57,12 @@ COUNTS = {
     "vit": (2, 2, 2, 2, 2, 2, 2, 12),
     "llama": (2, 2, 2, 2, 2, 4, 2, 14),  # a gate beside the MLP's input
     "qwen2": (2, 2, 2, 2, 2, 4, 2, 14),
-    "gpt2": (2, 2, 2, 2, 2, 2, 2, 8),  # query, key and value are one layer
+    "phi3": (2, 2, 2, 2, 2, 2, 2, 8),  # query, key and value are one layer, gate and up another
+    "gpt2": (2, 2, 2, 2, 2, 2, 2, 8),
+    "deit": (2, 2, 2, 2, 2, 2, 2, 12),
     "t5": (4, 6, 6, 6, 6, 4, 4, 32),  # encoder and decoder; the decoder attends to both
 }
 FURTHER = {
-    "deit": (2, 2, 2, 2, 2, 2, 2, 12),
     "qwen3": (2, 2, 2, 2, 2, 4, 2, 14),
     "gemma3_text": (2, 2, 2, 2, 2, 4, 2, 14),
     "hiera": (5, 5, 5, 5, 5, 5, 5, 20),  # query, key and value are one layer

@@ -13,7 +13,8 @@ from bench.random_models import random_model
 from methods import METHODS, Adapted, Unsupported
 
 KINDS = ("bert", "llama", "vit")
-OTHERS = ("roberta", "deberta", "distilbert", "gpt2", "qwen2", "t5")
+OTHERS = ("roberta", "deberta", "distilbert", "gpt2", "qwen2", "phi3", "t5", "deit")
+IMAGES, TEXTS = ("vit", "deit"), ("llama", "qwen2", "phi3", "gpt2", "t5")
 SMALL = {"parallel_adapter": {"width": 8}, "prefix_tuning": {"hidden": 16}, "houlsby": {"width": 8}}  # for speed only
 LR = {"full_ft": 1e-3, "prefix_tuning": 3e-2, "bitfit": 3e-2, "ia3": 3e-2, "linear_probe": 3e-2}
 STEPS = 12
@@ -30,7 +31,7 @@ LR |= {"vpt_shallow": 0.1, "vpt_deep": 0.03, "prompt_tuning": 0.1}
 SMALL |= {"lisa": {"layers": 1, "every": 2}, "ist": {"every": 3}}  # so that they draw and score
 SMALL |= {"qlora": {"rank": 8, "dropout": 0.0}}
 SMALL |= {"mezo": {"eps": 1e-4}}  # its losses are those at a distance of eps
-LR |= {"galore": 1e-3, "lisa": 1e-3}
+LR |= {"galore": 1e-3, "lisa": 1e-3, "mezo": 1e-3}
 SMALL |= {"adalora": {"rank": 2, "init_rank": 3, "interval": 1}}
 SMALL |= {"increlora": {"orthogonal": 0.0}}  # its penalty grows with the ranks
 EXACT_START |= {"increlora": {"reserve": 0.0}}
@@ -39,13 +40,13 @@ EXACT_START |= {"ssf": {"init_std": 0.0}, "compacter": {"init_std": 0.0}}
 
 def batch_of(kind: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    if kind == "vit":
+    if kind in IMAGES:
         x = torch.randn(8, 3, 16, 16, generator=generator)
         return {"pixel_values": x, "labels": (x.mean((1, 2, 3)) > 0).long()}
     ids = torch.randint(3, 384, (8, 10), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, 7:] = 0
-    if kind in ("llama", "qwen2", "gpt2", "t5"):
+    if kind in TEXTS:
         return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
     return {"input_ids": ids, "attention_mask": mask, "labels": (ids[:, 1] > 190).long()}
 
@@ -96,7 +97,7 @@ def logits(model, batch) -> torch.Tensor:
         return model.eval()(**batch).logits
 
 
-names = pytest.mark.parametrize("name", sorted(METHODS))
+names = pytest.mark.parametrize("name", sorted(n for n, method in METHODS.items() if not method.untrained))
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -211,7 +212,7 @@ def test_works_on_other_architectures(name, kind):
 
 
 @names
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3"])
 def test_generation_ignores_the_cache_and_left_padding(name, kind):
     _, model = applied(name, kind)
     perturb(model)
