@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bench.imports import uncollected
 from methods.base import Adapted, Added, trains
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ def build(cfg: ModelConfig, task: Task) -> Built:
     The head is drawn from torch's global generator: seed before the call. Paths: a hub id or folder;
     `embedded:NAME` (weights from the package registry); `packaged:NAME` (ours); `random:KIND` (tests only).
     """
-    import transformers
+    with uncollected():
+        import transformers
+        import transformers.modeling_utils
 
     transformers.logging.set_verbosity_error()  # what is new in the head is in the record, not on the screen
     transformers.utils.logging.disable_progress_bar()

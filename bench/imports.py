@@ -1,0 +1,19 @@
+"""Heavy imports without the garbage collector: it finds nothing in them and takes a tenth of their time."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """No cyclic garbage is looked for inside the block; for imports alone, which make none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
