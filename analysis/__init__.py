@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     from analysis.imports import vtab_selected as vtab_selected
     from analysis.runs import NoRuns as NoRuns
     from analysis.runs import load as load
+    from analysis.suites import suite_average as suite_average
     from analysis.summary import summarise as summarise
 
 _HOME = {"load": "runs", "NoRuns": "runs", "summarise": "summary", "pareto": "fronts", "Mixed": "fronts"}
+_HOME |= {"suite_average": "suites"}
 _HOME |= dict.fromkeys(("peft_results", "vtab_selected", "vtab_grids"), "imports")
 _MODULES = (
     "aggregate",

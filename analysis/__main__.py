@@ -7,13 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from analysis import pareto_command, spectra_command
+from analysis.arguments import FORMS, add_choice, add_form, chosen_runs, put
+
 EXAMPLES = """examples:
   python -m analysis table results
   python -m analysis report results -o report.html        one file, opens from disk, needs no network
   python -m analysis plot results --task rte --cost memory_peak -o pareto.png
   python -m analysis compare results --methods lora,dora --task rte
   python -m analysis recommend results --max-memory 16GB --max-params 1%
+  python -m analysis pareto results --cost memory_peak        with the chance of being on the front
   python -m analysis export results --format latex -o table.tex
+  python -m analysis causal results/<id> --lambdas 0,0.5,1,2 -o lambda.png
+  python -m analysis continual results --tasks rotten_tomatoes,stsb --set method=lora train.epochs=1
 """
 
 
@@ -42,11 +48,12 @@ def _parser() -> argparse.ArgumentParser:
         ("compare", _compare, "test methods against the first, on stored predictions and over tasks"),
         ("recommend", _recommend, "choose a method under a budget, with the evidence"),
         ("export", _export, "write the table as csv, markdown or latex"),
-        ("spectra", _spectra, "intruder dimensions: of every ok run, or of --base and --tuned"),
     ):
         command = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES, formatter_class=raw)
         command.add_argument("runs", nargs="?", type=Path, default=Path("results"), help="folder of runs (results)")
         command.set_defaults(run=run)
+        if name == "table":
+            command.add_argument("--suite", help="its averages: vtab, glue, commonsense or fgvc")
         if name == "report":
             command.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="file (report.html)")
             modes = ("off", "auto", "online", "offline")
@@ -57,39 +64,35 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--cost", default="trained_params", help="column of the cost axis (trained_params)")
             command.add_argument("--task", help="the task to draw, where the runs have several")
             command.add_argument("--model", help="the model to draw, where the runs have several")
-        if name in ("compare", "recommend", "export"):
+        if name in ("table", "compare", "recommend", "export"):
             _add_choices(command, name)
-        if name == "spectra":
-            command.add_argument("--base", help="pretrained: folder, .safetensors file, embedded:NAME or hub id")
-            command.add_argument("--tuned", help="the same tuned, or the folder of a peft adapter")
-            command.add_argument("--json", type=Path, metavar="FILE", help="write all numbers of --base and --tuned")
-            command.add_argument("--k", type=int, default=10, help="leading vectors of each matrix (10)")
-            command.add_argument("--root", help="mirror folder of the data, if it is no longer where the runs had it")
-            command.add_argument("--device", default="cpu")
+    pareto_command.add(commands, epilog=EXAMPLES, formatter_class=raw)
+    spectra_command.add(commands, epilog=EXAMPLES, formatter_class=raw)
     return parser
 
 
 def _add_choices(command: argparse.ArgumentParser, name: str) -> None:
-    part = "COLUMN=TEXT"
-    command.add_argument(
-        "--where", action="append", default=[], metavar=part, help="only runs whose column has the text"
-    )
+    add_choice(command)
     if name == "compare":
         command.add_argument("--methods", required=True, help="two or more, e.g. lora,dora; the first is the reference")
     if name == "recommend":
         command.add_argument("--max-memory", metavar="BYTES", help="of peak memory, e.g. 16GB or 500MiB")
         command.add_argument("--max-params", metavar="NUMBER", help="of trained parameters, e.g. 1%% of all, or 500k")
-    if name == "export":
-        command.add_argument("--format", choices=("csv", "markdown", "latex"), default="csv", help="(csv)")
-        command.add_argument("-o", "--output", type=Path, help="file (the terminal)")
-    command.add_argument("--task", help="one task only")
+    else:
+        add_form(command, FORMS[1:] if name == "export" else FORMS)
 
 
 def _table(args: argparse.Namespace) -> str:
-    from analysis import load, summarise
+    from analysis import summarise
+    from analysis.export import export
     from analysis.text import results
 
-    return results(summarise(load(args.runs)))
+    table = summarise(chosen_runs(args))
+    if args.suite is None:
+        return put(results(table) if args.format == "text" else export(table, args.format), args.output)
+    from analysis import suites
+
+    return suites.text(table, args.suite)
 
 
 def _report(args: argparse.Namespace) -> str:
@@ -109,45 +112,26 @@ def _report(args: argparse.Namespace) -> str:
     return f"{said}\n{mirror(runs, path, args.wandb, args.wandb_project)}"
 
 
-def _runs(args: argparse.Namespace) -> Any:
-    """The runs that --where and --task leave."""
-    from analysis import load
-
-    runs = load(args.runs)
-    for column, text in (condition.partition("=")[::2] for condition in args.where):
-        if column not in runs:
-            raise ValueError(f"--where {column}={text}: no such column; there are {', '.join(runs.columns[:30])}, ...")
-        found = runs[runs[column].astype(str).str.contains(text, regex=False)]
-        if found.empty:
-            some = ", ".join(sorted({str(v) for v in runs[column]})[:8])
-            raise ValueError(f"--where {column}={text}: no run; the values are {some}")
-        runs = found
-    if args.task is not None and args.task not in set(runs["task"]):
-        raise ValueError(f"--task {args.task!r} is not in the runs; they have {', '.join(sorted(set(runs['task'])))}")
-    return runs if args.task is None else runs[runs["task"] == args.task]
-
-
 def _compare(args: argparse.Namespace) -> str:
-    from analysis.compare import compare
+    from analysis import compare
 
-    return compare(_runs(args), [name.strip() for name in args.methods.split(",") if name.strip()])
+    methods = [name.strip() for name in args.methods.split(",") if name.strip()]
+    if args.format == "text":
+        return put(compare.compare(chosen_runs(args), methods), args.output)
+    return put(compare.table(chosen_runs(args), methods, args.format), args.output)
 
 
 def _recommend(args: argparse.Namespace) -> str:
     from analysis.recommend import recommend
 
-    return recommend(_runs(args), args.max_memory, args.max_params)
+    return recommend(chosen_runs(args), args.max_memory, args.max_params)
 
 
 def _export(args: argparse.Namespace) -> str:
     from analysis import summarise
     from analysis.export import export
 
-    text = export(summarise(_runs(args)), args.format)
-    if args.output is None:
-        return text.rstrip("\n")
-    args.output.write_text(text)
-    return str(args.output)
+    return put(export(summarise(chosen_runs(args)), args.format), args.output)
 
 
 def _plot(args: argparse.Namespace) -> str:
@@ -162,19 +146,6 @@ def _plot(args: argparse.Namespace) -> str:
     figure: Any = plots.pareto(table, args.cost).figure
     figure.savefig(args.output, dpi=160)
     return str(args.output)
-
-
-def _spectra(args: argparse.Namespace) -> str:
-    from analysis.spectra_runs import of_checkpoints, of_records
-
-    if bool(args.base) != bool(args.tuned):
-        raise ValueError("give both --base and --tuned, or neither and a folder of runs")
-    try:
-        if args.base:
-            return of_checkpoints(args.base, args.tuned, args.json, args.device, args.k)
-        return of_records(args.runs, args.root, args.device, args.k)
-    except FileNotFoundError as error:
-        raise ValueError(str(error)) from error
 
 
 def _choose(table: Any, column: str, wanted: str | None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tasks import choice as choice
 from tasks import classification as classification  # these fill Hydra's store with the schemas
@@ -12,7 +13,7 @@ from tasks import image as image
 from tasks.base import Rows, Task
 from tasks.data import DataConfig, MissingData
 
-__all__ = ["DataConfig", "MissingData", "Rows", "Task", "compose_task", "names", "suite"]
+__all__ = ["DataConfig", "MissingData", "Rows", "Task", "compose_task", "names", "stated", "suite"]
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -21,12 +22,16 @@ def names() -> list[str]:
     return sorted(file.stem for file in (CONF / "task").glob("*.yaml"))
 
 
-def suite(name: str) -> dict[str, str | None]:
-    """The tasks whose files say `suite: NAME`, each with its group; empty for an unknown name."""
+def stated() -> dict[str, dict[str, Any]]:
+    """What each task's own file says, without defaults and without what it takes from another task."""
     import yaml
 
-    said = {file.stem: yaml.safe_load(file.read_text()) for file in sorted((CONF / "task").glob("*.yaml"))}
-    return {task: values.get("group") for task, values in said.items() if values.get("suite") == name}
+    return {name: yaml.safe_load((CONF / "task" / f"{name}.yaml").read_text()) for name in names()}
+
+
+def suite(name: str) -> dict[str, str | None]:
+    """The tasks whose files say `suite: NAME`, each with its group; empty for an unknown name."""
+    return {task: said.get("group") for task, said in stated().items() if said.get("suite") == name}
 
 
 def compose_task(name: str, overrides: Sequence[str] = ()) -> Task:

@@ -14,12 +14,6 @@ if TYPE_CHECKING:
 
 def check(root: Path) -> Iterator[tuple[str, dict[str, int], list[str]]]:
     """For each config in the mirror `root`: its name, rows per split, and what is wrong with it."""
-    import tasks
-
-    users: dict[Path, dict[str, Task]] = {}
-    for name in tasks.names():
-        task = tasks.compose_task(name)
-        users.setdefault(mirror.config_folder(root, task.path, task.name), {})[name] = task
     for folder in sorted({file.parent for file in root.glob("*/*/*/*.parquet")}):
         name = f"{'/'.join(folder.parts[-3:-1])} {folder.name}"
         try:
@@ -27,7 +21,17 @@ def check(root: Path) -> Iterator[tuple[str, dict[str, int], list[str]]]:
         except mirror.Mismatch as error:
             yield name, {}, [str(error)]
         else:
-            yield name, rows, differences(folder, rows, users.get(folder, {}))
+            yield name, rows, differences(folder, rows, _users(folder))
+
+
+def _users(folder: Path) -> dict[str, Task]:
+    """The tasks that name this data set in their own file."""
+    import tasks
+
+    path, config = "/".join(folder.parts[-3:-1]), folder.name
+    said = tasks.stated().items()
+    found = [t for t, v in said if v.get("path") == path and (v.get("name") or "default") == config]
+    return {name: tasks.compose_task(name) for name in found}
 
 
 def differences(folder: Path, rows: Mapping[str, int], users: Mapping[str, Task]) -> list[str]:
