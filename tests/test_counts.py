@@ -149,6 +149,7 @@ FORMULAS = {
     "increlora": lambda s, shape: all_linear(s, shape, 2, 1),  # rank 1 and the reserve
     "ist": lambda s, _: lora(s),
     "linear_probe": lambda s, _: 0,
+    "zero_shot": lambda s, _: 0,
     "lisa": everything,
     "ln_tuning": norms,
     "lora": lambda s, _: lora(s),
@@ -177,7 +178,7 @@ FORMULAS = {
 FIELDS = {"lst": {"start": "random"}}  # other starts look at data and weights, which the meta device has not
 IMPOSSIBLE = {
     ("adaptformer", "bert-base"), ("adaptformer", "roberta-base"), ("bitfit", "llama-3-8b"),
-    ("linear_probe", "llama-3-8b"), ("prompt_tuning", "vit-base"),
+    ("linear_probe", "llama-3-8b"), *(("zero_shot", s) for s in ("bert-base", "roberta-base", "vit-base")), ("prompt_tuning", "vit-base"),
     *itertools.product(("vpt_deep", "vpt_shallow"), ("bert-base", "roberta-base", "llama-3-8b")),
 }  # fmt: skip
 
