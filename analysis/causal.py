@@ -151,10 +151,26 @@ def of_records(
 
     def body(path: Path, record: Record, config: Config, ready: Prepared) -> str:
         table = sweep(ready, config, lambdas, **choices)
+        table.insert(0, "run", record.id)
         write(table, path / "causal.parquet")
         return text(table)
 
     return each(folder, body, root, device)
+
+
+def changes(table: pd.DataFrame, value: str = "score") -> pd.DataFrame:
+    """`change` of `value` against lambda = 1: `mean`, `low` and `high` over runs, per vector and lambda.
+
+    table: one of `sweep`, or several joined with a column `run`. Raises ValueError where lambda = 1 was not measured.
+    """
+    table = (table if "run" in table else table.assign(run="")).dropna(subset=value)
+    own = table.loc[table["lambda"] == 1, ["run", "vector", value]].rename(columns={value: "own"})
+    if len(table) and own.empty:
+        raise ValueError("lambda = 1, the model itself, is not among the measured ones: add 1 to --lambdas")
+    found = table.merge(own, on=["run", "vector"])
+    found["change"] = found[value] - found["own"]
+    groups = found.groupby(["vector", "lambda"])["change"]
+    return groups.agg(mean="mean", low="min", high="max", n="size").reset_index()
 
 
 def text(table: pd.DataFrame) -> str:

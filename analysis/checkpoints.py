@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-_CONV1D = re.compile(r"(^|\.)h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)$")
+CONV1D = re.compile(r"(^|\.)h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)$")
 HEADS = {"SEQ_CLS": "AutoModelForSequenceClassification", "CAUSAL_LM": "AutoModelForCausalLM"}
 HEADS |= {"SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", "TOKEN_CLS": "AutoModelForTokenClassification"}
 HEADS |= {"QUESTION_ANS": "AutoModelForQuestionAnswering", "FEATURE_EXTRACTION": "AutoModel"}
@@ -43,7 +43,7 @@ class Checkpoint(Mapping):
 
         with safe_open(str(self.place[name]), framework="pt") as file:
             W = file.get_tensor(f"{name}.weight")
-        return W.T if self.turned and _CONV1D.search(name) else W
+        return W.T if self.turned and CONV1D.search(name) else W
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.place)

@@ -53,20 +53,27 @@ class Language:
         return {}
 
 
-def of_run(model: nn.Module, config: Config, text: str | None = None) -> dict[str, Any]:
+def of_run(
+    model: nn.Module, config: Config, text: str | None = None, known: dict[str, float] | None = None
+) -> dict[str, Any]:
     """The record's `forgetting`: `before`, `after`, `forgetting`, `measure` and the source; or only a `reason` why not.
 
-    model: the trained one. text: a name of `forgetting_text.TEXTS`.
+    model: the trained one. text: a name of `forgetting_text.TEXTS`. known: values of pretrained models, which are added to it.
     """
     from analysis.weights import built
+
+    known = {} if known is None else known
 
     try:
         stick = yardstick(model, config, text)
         after = stick.value(model)
     except Unsupported as error:
         return {"reason": str(error)}
-    before = stick.value(built(config).model.to(next(model.parameters())))
-    numbers = {"before": before, "after": after, "forgetting": stick.lost(before, after)}
+    like = next(model.parameters())
+    key = f"{config.model} {config.seed if config.model.path.startswith('random:') else ''} {like.dtype} {stick.source}"
+    if key not in known:
+        known[key] = stick.value(built(config).model.to(like))
+    numbers = {"before": known[key], "after": after, "forgetting": stick.lost(known[key], after)}
     return {"measure": stick.measure} | numbers | stick.source
 
 
@@ -74,8 +81,10 @@ def of_records(folder: Path, root: str | None = None, device: str = "cpu", text:
     """Write the forgetting of each ok run below `folder` into its record; a line of text for each."""
     from analysis.spectra_runs import each
 
+    known: dict[str, float] = {}
+
     def body(path: Path, record: Record, config: Config, ready: Prepared) -> str:
-        record.forgetting = of_run(ready.model, config, text)
+        record.forgetting = of_run(ready.model, config, text, known)
         record.save(path.parent)
         return sentence(record.forgetting)
 
@@ -181,7 +190,7 @@ def _probe(config: Config) -> Yardstick:
     name = "digits" if "cifar10" in config.task.path else "cifar10"
     values: Any = OmegaConf.to_container(OmegaConf.load(CONF / "task" / f"{name}.yaml"))
     values = {k: v for k, v in values.items() if k != "defaults"}
-    task = Image(**values | {"limit": {"train": 500, "val": 1, "test": 300}})
+    task = Image(**values | {"limit": {"train": 300, "val": 1, "test": 200}})
     rows, processor = task.load(config.data), built(config).processor
     fit, test = (Encoded(rows.splits[s], task, processor) for s in ("train", "test"))
     source = {k: rows.source[k] for k in ("licence", "standin")} | {"fingerprint": rows.source["fingerprints"]["test"]}

@@ -22,7 +22,7 @@ def similarity(table: pd.DataFrame, ax: Axes | None = None, *, title: str = "") 
 
     A dark diagonal: the spectrum was kept. A pale column: a vector that is like none of these, so maybe an intruder.
     """
-    ax = _axes(ax, 5.4, 4.4)
+    ax = axes(ax, 5.4, 4.4)
     k = len(table)
     image = ax.imshow(table.to_numpy(float), cmap="Blues", vmin=0, vmax=1)
     places = list(range(k) if k <= 12 else range(4, k, 5))
@@ -39,7 +39,7 @@ def counts(table: pd.DataFrame, ax: Axes | None = None, *, floor: float | None =
 
     floor: the similarity of a random vector (`headline`'s `floor`), below which nothing can be counted.
     """
-    ax = _axes(ax, 6.4, 4.2)
+    ax = axes(ax, 6.4, 4.2)
     for i, (name, part) in enumerate(table.groupby("method", sort=False)):
         colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
         part = part.sort_values("epsilon")
@@ -85,7 +85,7 @@ def layers(table: pd.DataFrame, value: str = "intruders", ax: Axes | None = None
     grid = table.pivot_table(index="layer", columns="kind", values=value, aggfunc="sum")
     grid = grid[[*(c for c in _KINDS if c in grid), *(c for c in grid if c not in _KINDS)]]
     numbers = grid.to_numpy(float)
-    ax = _axes(ax, 2.0 + 0.8 * grid.shape[1], 1.6 + 0.34 * len(grid))
+    ax = axes(ax, 2.0 + 0.8 * grid.shape[1], 1.6 + 0.34 * len(grid))
     most = np.nanmax(numbers) if np.isfinite(numbers).any() else 1
     image = ax.imshow(numbers, cmap="Blues", vmin=0, vmax=most or 1, aspect="auto")
     for (i, j), number in np.ndenumerate(numbers):
@@ -107,7 +107,7 @@ def layers(table: pd.DataFrame, value: str = "intruders", ax: Axes | None = None
 
 def singular_values(row: pd.Series, ax: Axes | None = None, *, epsilon: float = EPSILON) -> Axes:
     """The leading singular values of one matrix before and after (a row of `spectra`); intruders are ringed."""
-    ax = _axes(ax, 5.6, 3.8)
+    ax = axes(ax, 5.6, 3.8)
     x = np.arange(1, len(row["sigma_after"]) + 1)
     ax.plot(x, row["sigma_before"], color=COLOURS[0], marker="o", mfc="none", ms=5, lw=1.2, label="pretrained")
     ax.plot(x, row["sigma_after"], color=COLOURS[1], marker="s", ms=4, lw=1.2, label="tuned")
@@ -126,7 +126,8 @@ def singular_values(row: pd.Series, ax: Axes | None = None, *, epsilon: float = 
     return ax
 
 
-def _axes(ax: Axes | None, width: float, height: float) -> Axes:
+def axes(ax: Axes | None, width: float, height: float) -> Axes:
+    """`ax`, or those of a new figure of this size in inches."""
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=(width, height), layout="constrained")[1] if ax is None else ax

@@ -1,6 +1,6 @@
 """Seconds for the spectrum of one tuned matrix: the fast path with the base's decomposition kept, against full SVDs.
 
-python -m benchmarks.spectra [--shapes 768x768,768x3072] [--rounds 5] [--threads 1] [--device cpu]
+python -m benchmarks.spectra [--shapes 768x768,768x3072] [--rounds 5] [--sides paper,fast] [--threads 1] [--device cpu]
 
 Pretrained matrices with a power-law spectrum. The changes: of rank 8, as LoRA makes them, and dense, as full fine-tuning.
 Three sides take turns, and the table shows the medians of the rounds:
@@ -70,25 +70,29 @@ def timed(side: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def row(shape: tuple[int, int], kind: str, rounds: int, device: str) -> str:
-    """One line of the table."""
+def row(shape: tuple[int, int], kind: str, rounds: int, device: str, chosen: list[str]) -> str:
+    """One line of the table; sides that are not chosen stay empty."""
     W0 = pretrained(*shape, device)
     W1 = tuned(W0, kind)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fast = measure(W0, W1, folder=folder)
-        error = float((paper(W0, W1).cpu() - torch.tensor(fast["cos_left"])).abs().max())
+        cosines: list[Tensor] = []
         sides: dict[str, Callable[[], Any]] = {
-            "paper": lambda: paper(W0, W1),
+            "paper": lambda: cosines.append(paper(W0, W1).cpu()),
             "full": lambda: measure(W0, W1, exact=True),
             "fast": lambda: measure(W0, W1, folder=folder),
             "floor": lambda: floor(W0, W1, folder),
         }
-        times = [{name: timed(side, device) for name, side in sides.items()} for _ in range(rounds)]
-    seconds = {name: statistics.median(t[name] for t in times) for name in sides}
-    to_paper, to_full = (statistics.median(t[name] / t["fast"] for t in times) for name in ("paper", "full"))
-    shown = "  ".join(f"{seconds[name] * 1000:9.1f}" for name in sides)
-    return f"{shape[0]}x{shape[1]:<6} {kind:7} {shown}  {to_paper:8.1f} {to_full:8.1f}  {error:8.1e}  {fast['solver']}"
+        times = [{name: timed(sides[name], device) for name in chosen} for _ in range(rounds)]
+    seconds = {name: statistics.median(t[name] for t in times) for name in chosen}
+    ratios = {
+        name: statistics.median(t[name] / t["fast"] for t in times) for name in ("paper", "full") if name in chosen
+    }
+    shown = "  ".join(f"{seconds[name] * 1000:9.1f}" if name in chosen else f"{'-':>9}" for name in sides)
+    times_as_fast = " ".join(f"{ratios[n]:8.1f}" if n in ratios else f"{'-':>8}" for n in ("paper", "full"))
+    error = float((cosines[-1] - torch.tensor(fast["cos_left"])).abs().max()) if cosines else float("nan")
+    return f"{shape[0]}x{shape[1]:<6} {kind:7} {shown}  {times_as_fast}  {error:8.1e}  {fast['solver']}"
 
 
 def main() -> None:
@@ -96,6 +100,9 @@ def main() -> None:
     parser.add_argument("--shapes", default=SHAPES, help=f"out x in, comma-separated ({SHAPES})")
     parser.add_argument("--kinds", default="rank 8,dense")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--sides", default="paper,full,fast,floor", help="of these; fast always (paper,full,fast,floor)"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -106,7 +113,8 @@ def main() -> None:
     for text in args.shapes.split(","):
         rows, columns = (int(n) for n in text.split("x"))
         for kind in args.kinds.split(","):
-            print(row((rows, columns), kind, args.rounds, args.device), flush=True)
+            chosen = [name for name in args.sides.split(",") if name != "fast"] + ["fast"]
+            print(row((rows, columns), kind, args.rounds, args.device, chosen), flush=True)
 
 
 if __name__ == "__main__":
