@@ -5,7 +5,7 @@ UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export UV_FIND_LINKS
 DEMO ?= results/demo
 
-.PHONY: demo test check clean
+.PHONY: demo test test-cluster check clean
 
 .venv/.done: pyproject.toml constraints.txt
 	$(PY) -m venv .venv
@@ -25,6 +25,9 @@ test: .venv/.done ## the whole test suite, on the CPU and without a network
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2
+
+test-cluster: .venv/.done ## a real SLURM of one node, where its programs are: apt-get install slurm-wlm munge
+	$(BIN)/python -m pytest -m cluster
 
 clean:
 	rm -rf .venv results

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,30 +17,45 @@ from omegaconf.errors import OmegaConfBaseException
 
 import tasks  # noqa: F401  (fills Hydra's store with the schemas of tasks)
 from bench.config import to_config
+from bench.imports import uncollected
+
+if TYPE_CHECKING:
+    from bench.record import Record
 
 POLL = 1.0  # seconds between two looks at a cell that runs elsewhere
-_stopped: list[str] = []  # the run that a signal stopped: the cells after it are not begun
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: Any) -> str:
     """One cell of the grid. What goes wrong inside it ends in its record, whose path this returns, or else word of why not."""
-    if _stopped:
-        return f"stopped: {_stopped[0]}"
+    from bench.table import stopped
+
+    if stopped:
+        return f"stopped: {stopped[0].reason}"
     try:
         config = to_config(cfg, HydraConfig.get().runtime.choices)
     except (ValueError, OmegaConfBaseException) as error:
         print(f"error: {error}", file=sys.stderr)
         return f"error: {error}"
-    from bench.run import run
+    with uncollected():
+        import datasets  # noqa: F401  (every run asks for its rows)
+
+        from bench.run import run
 
     record = run(config, since=_since())
     if record.status == "interrupted":
-        _stopped.append(record.id)
+        stopped.append(record)
+        _requeue(record)
     path = Path(config.results) / record.id
     if record.status == "running":
         return f"running: {path}"
     return str(path) if (path / "record.json").exists() else f"error: {record.reason}"
+
+
+def _requeue(record: Record) -> None:
+    """Give SLURM's warning of the time limit on to submitit, which queues this job again. The checkpoint is written."""
+    if record.reason.startswith("stopped by SIGUSR2") and callable(signal.getsignal(signal.SIGUSR2)):
+        signal.raise_signal(signal.SIGUSR2)
 
 
 def _since() -> float:
@@ -57,7 +73,8 @@ def command_line() -> int:
 
         show()
         return 0
-    import methods  # noqa: F401  (fills Hydra's store with the schemas of methods)
+    with uncollected():
+        import methods  # noqa: F401  (fills Hydra's store with the schemas of methods)
     from bench.suggest import suggest
     from bench.table import exit_code, seen, table
 
@@ -79,11 +96,11 @@ def _second_pass() -> None:
     """Wait for the cells that other workers compute; run here, by the same launcher, what they leave behind."""
     from bench.ledger import holder
     from bench.record import Record
-    from bench.table import seen, waiting
+    from bench.table import seen, stopped, waiting
 
     if waiting:
         print(f"waiting for {len(waiting)} cells that run elsewhere: `python -m bench.status` shows them", flush=True)
-    while waiting and not _stopped:
+    while waiting and not stopped:
         cell = waiting.pop(0)
         if holder(cell.folder.parent, cell.folder.name, cell.lease):
             waiting.append(cell)

@@ -56,7 +56,7 @@ def in_a_process(config: Config, record: Record, since: float | None) -> Record:
         return Record.load(results / record.id)
     record.memory = {"peak_resident": peak}
     record.status, record.reason = death(code, peak, out_of_memory=oom_kills() > killed)
-    with Claim(results, record.id, lease=config.lease, cell=record.cell):
+    with Claim(results, record.id, lease=config.lease, cell=record.cell, began=since):
         record.save(results)
     return record
 

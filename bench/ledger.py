@@ -39,8 +39,12 @@ class Claim:
     lease: seconds without a sign of life after which others take the run over; on one machine they see a death at once.
     """
 
-    def __init__(self, results: Path, id: str, *, lease: float, cell: str = ""):
-        self.folder, self.id, self.lease, self.cell = Path(results) / FOLDER, id, lease, cell
+    def __init__(self, results: Path, id: str, *, lease: float, cell: str = "", began: float | None = None):
+        self.folder, self.id, self.lease = Path(results) / FOLDER, id, lease
+        self.note = {
+            "cell": cell,
+            "began": began,
+        }  # for people: which cell, and when the command that asks for it began
         self._released = threading.Event()
         self.lost = ""  # why it is ours no longer
 
@@ -73,7 +77,7 @@ class Claim:
             self._file = open(self.path, "x+")  # noqa: SIM115  (open for as long as the claim lasts: its inode is ours)
         except FileExistsError:
             raise Claimed(describe(self.path)) from None
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _lock(self._file), "cell": self.cell}
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _lock(self._file)} | self.note
         self._file.write(json.dumps(who | {"since": os.fstat(self._file.fileno()).st_mtime}))
         self._file.flush()
         if newest(self.folder, self.id) != self.path:  # made while a higher generation was being withdrawn
@@ -131,7 +135,7 @@ def stale(path: Path, file: IO[str], lease: float) -> bool:
 
 
 def holder(results: Path, id: str, lease: float) -> dict[str, Any] | None:
-    """Who computes the run `id` (host, pid, cell, since, touched); None where nobody does."""
+    """Who computes the run `id` (host, pid, cell, began, since, touched); None where nobody does."""
     path = newest(Path(results) / FOLDER, id)
     if path is None:
         return None

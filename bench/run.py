@@ -55,7 +55,7 @@ def run(config: Config, *, since: float | None = None) -> Record:
             return done
         if isolated(config):
             return in_a_process(config, record, since)
-        with Claim(results, record.id, lease=config.lease, cell=record.cell) as claim:
+        with Claim(results, record.id, lease=config.lease, cell=record.cell, began=since) as claim:
             return _done(record, config, since) or _claimed(record, config, rows, claim)
     except Claimed as other:
         record.status, record.reason = "running", str(other)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ FAILED = ("failed", "oom", "diverged", "interrupted")
 COLUMNS = ("method", "model", "task", "seed", "status", "score", "trained", "memory", "s/step", "record or reason")
 WORD = "record"  # the file in a job's folder that names its record, or begins with one of these
 ERROR, RUNNING, STOPPED = "error: ", "running: ", "stopped: "
+stopped: list[Record] = []  # the run during which a signal came: the cells after it are not begun
 seen: list[Record] = []  # the records of this command
 
 
@@ -74,11 +76,15 @@ def _collect(folders: list[Path]) -> None:
 
 
 def _sort(word: str, folder: Path) -> None:
-    if word.startswith(RUNNING):
-        lease = OmegaConf.load(folder / ".hydra" / "config.yaml").lease
-        waiting.append(Waiting(Path(word.removeprefix(RUNNING)), lease, arguments(folder)))
-    elif not word.startswith(STOPPED):
-        seen.append(_read(word, folder))
+    """A cell is done, or waited for: others compute it, or were interrupted while nobody stopped this command."""
+    if word.startswith(STOPPED):
+        return
+    record = None if word.startswith(RUNNING) else _read(word, folder)
+    if record is not None and (record.status != "interrupted" or stopped):
+        seen.append(record)
+        return
+    lease = OmegaConf.load(folder / ".hydra" / "config.yaml").lease
+    waiting.append(Waiting(Path(word.removeprefix(RUNNING)), lease, arguments(folder)))
 
 
 def arguments(folder: Path) -> list[str]:
@@ -99,10 +105,13 @@ def _read(word: str, folder: Path) -> Record:
 
 def table(records: list[Record]) -> str:
     """One aligned line per record."""
-    rows = [COLUMNS, *(_row(r) for r in records)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS) - 1)]
-    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
-    return "\n".join(lines)
+    return aligned([COLUMNS, *(_row(r) for r in records)])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of texts as lines with aligned columns; the last one as long as it is."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[-1]]).rstrip() for r in rows)
 
 
 def _row(r: Record) -> tuple[str, ...]:

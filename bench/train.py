@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from methods.base import Batch, Method
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # the last: submitit's, before a job reaches its time limit
+
+
 class Diverged(Exception):
     """The training loss is no longer a finite number."""
 
@@ -211,7 +214,7 @@ class Stop:
 
 @contextmanager
 def stoppable(claim: Claim | None = None) -> Iterator[Stop]:
-    """Listen to SIGTERM and SIGINT inside the block (in the main thread; elsewhere nothing is listened to)."""
+    """Listen to SIGNALS inside the block (in the main thread; elsewhere nothing is listened to)."""
     stop = Stop(claim)
     with handling(stop):
         yield stop
@@ -219,13 +222,13 @@ def stoppable(claim: Claim | None = None) -> Iterator[Stop]:
 
 @contextmanager
 def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Give SIGTERM and SIGINT to `handler` inside the block, where this is the main thread."""
+    """Give the signals that stop a run to `handler` inside the block, where this is the main thread."""
     import threading
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, handler) for s in SIGNALS}
     try:
         yield
     finally:
