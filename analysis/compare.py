@@ -9,10 +9,15 @@ import numpy as np
 import pandas as pd
 
 from analysis import paired, power, ranks
+from analysis.export import texts
 from analysis.text import align
 from analysis.tuning import selected
 
 ALPHA = 0.05
+_HEAD, _TESTS = ("task", "model", "metric", "rows", "seeds"), ("difference [95 %]", "p (Holm)", "disagree", "verdict")
+_NOTE = (
+    "paired bootstrap of test rows, seeds by Student's t; one seed speaks of these trained models, not of the methods"
+)
 
 
 def compare(runs: pd.DataFrame, methods: Sequence[str], task: str | None = None) -> str:
@@ -34,8 +39,25 @@ def compare(runs: pd.DataFrame, methods: Sequence[str], task: str | None = None)
     return "\n\n".join(parts)
 
 
-def prepared(runs: pd.DataFrame, methods: Sequence[str], task: str | None) -> tuple[pd.DataFrame, str]:
-    """The finished runs of the methods, one setting each; a note where val had to choose."""
+def table(runs: pd.DataFrame, methods: Sequence[str], form: str) -> str:
+    """The paired tests of each other method against the first as "csv" (every column), "markdown" or "latex"."""
+    runs, notes = prepared(runs, methods, None)
+    found = [power.detectable(paired.compare(runs, methods[0], other)).assign(other=other) for other in methods[1:]]
+    rows = pd.concat(found, ignore_index=True)
+    rows.insert(2, "method", methods[0])
+    rows.insert(3, "other", rows.pop("other"))
+    if form == "csv":
+        return rows.to_csv(index=False)
+    facts = [[row["method"], row["other"], *_line(row)] for row in rows.to_dict("records")]
+    head = ["method", "other", *_HEAD, "of the first", "of the other", *_TESTS]
+    return texts(head, facts, form, [_NOTE, *([notes] if notes else [])])
+
+
+def prepared(
+    runs: pd.DataFrame, methods: Sequence[str] | None = None, task: str | None = None
+) -> tuple[pd.DataFrame, str]:
+    """The finished runs of the methods (all), one setting each; a note where val had to choose."""
+    methods = sorted(set(runs["method"])) if methods is None else methods
     absent = [m for m in methods if m not in set(runs["method"])]
     if absent:
         raise ValueError(f"no runs of {', '.join(absent)}; the methods are {', '.join(sorted(set(runs['method'])))}")
@@ -58,10 +80,8 @@ def pair_text(runs: pd.DataFrame, a: str, b: str) -> str:
         table = power.detectable(paired.compare(runs, a, b))
     except FileNotFoundError as error:
         return f"{title}: {error}. Only the comparison over tasks is possible."
-    head = ["task", "model", "metric", "rows", "seeds", a, b, "difference [95 %]", "p (Holm)", "disagree", "verdict"]
-    lines = [head, *(_line(row) for row in table.to_dict("records"))]
-    notes = "paired bootstrap of test rows, seeds by Student's t; one seed speaks of these trained models, not of the methods"
-    return "\n".join([title, *align(lines), notes])
+    lines = [[*_HEAD, a, b, *_TESTS], *(_line(row) for row in table.to_dict("records"))]
+    return "\n".join([title, *align(lines), _NOTE])
 
 
 def _line(row: dict[Any, Any]) -> list[str]:

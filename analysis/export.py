@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from analysis.columns import COSTS, MAIN_COSTS, write
+from analysis.text import align
 
 FORMATS = ("csv", "markdown", "latex")
 _SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
@@ -46,6 +47,16 @@ def _cells(row: dict, costs: Sequence[str], form: str, bold: bool) -> list[str]:
     plain = [latex(text) for text in (*names, str(row["n"]), *values)]
     score = score.replace("–", "--")
     return [*plain[:3], rf"\textbf{{{score}}}" if bold else score, *plain[3:]]
+
+
+def texts(heads: Sequence[str], rows: Sequence[Sequence[str]], form: str, notes: Sequence[str] = ()) -> str:
+    """A table of ready cells as "text", "markdown" or "latex", its cells escaped, with notes below (comments in LaTeX)."""
+    if form == "text":
+        return "\n".join([*align([list(heads), *map(list, rows)]), *(["", *notes] if notes else [])])
+    if form == "markdown":
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        return _markdown(list(heads), cells) + "".join(f"\n{note}\n" for note in notes)
+    return _latex(list(heads), [[latex(cell) for cell in row] for row in rows]) + "".join(f"% {n}\n" for n in notes)
 
 
 def latex(text: str) -> str:

@@ -105,7 +105,7 @@ def recommend(
     runs: pd.DataFrame, max_memory: str | None = None, max_params: str | None = None, task: str | None = None
 ) -> str:
     """The recommendation as text, one part per task and model."""
-    runs, notes = prepared(runs, sorted(set(runs["method"])), task)
+    runs, notes = prepared(runs, task=task)
     if runs.empty:
         raise ValueError("no run has status ok and a score: nothing can be recommended")
     parts, equal = [notes] if notes else [], []
