@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,8 +27,19 @@ def flops(run: Callable[[], object]) -> int:
 
 
 def counting() -> FlopCounterMode:
-    """A context that counts; `get_total_flops()` may be asked inside it too."""
-    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    """A context that counts; `get_total_flops()` may be asked inside it too.
+
+    Without torch's tracker of modules, whose hooks fail where a module's input is itself a parameter (a prompt).
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    counter.mod_tracker = _Whole()  # type: ignore[assignment]
+    return counter
+
+
+class _Whole(nullcontext[None]):
+    """Counts everything as one module."""
+
+    parents = ("Global",)
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:

@@ -39,6 +39,26 @@ def write(results: str | Path, cell: str, selection: dict[str, Any]) -> Path:
     return path
 
 
+def best_file(selection: dict[str, Any], command: str) -> str:
+    """The YAML of `conf/best` for a recorded choice: values, and in its head what chose them."""
+    from omegaconf import OmegaConf
+
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in selection["values"].items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = value
+    trials = selection["trials"]
+    lines = [
+        "# @package _global_",
+        f"# Of {len(trials)} trials ({selection['sampler']}, seed {selection['seed']}, {selection['steps']} steps in all) on "
+        f"{selection['task']}, the best on val: {selection['winner']}, {selection['metric']} {selection['val']:.4f}.",
+        f"# {command}",
+        f"# trials: {' '.join(t['id'] for t in trials)}",
+        f"# val: {' '.join('-' if t['val'] is None else format(t['val'], '.4f') for t in trials)}",
+    ]
+    return "\n".join(lines) + "\n" + OmegaConf.to_yaml(OmegaConf.create(parts))
+
+
 def unlock(config: Config, rows: Rows) -> None:
     """Take the test rows away where `config.test` is "locked"; where "selected", raise Locked unless they are earned.
 

@@ -46,12 +46,13 @@ class Dimension:
 def space(method: Any, extra: dict[str, Any] | None = None, fixed: Sequence[str] = ()) -> list[Dimension]:
     """The dimensions of a method (an instance): `train.lr`, then its fields made by `searched`, then `extra`, the same for all.
 
-    extra: key to {default, choices} or {default, range, log}. `fixed` keys, those that a user has set, are not searched.
+    extra: key to {default, choices} or {default, range, log}. `fixed` keys, and fields that are not as their file has them,
+    are not searched: a user has set them.
     """
     low, high = method.lr_range or (method.lr / DECADES, method.lr * DECADES)
     found = [Dimension("train.lr", method.lr, low=low, high=high)]
     for f in dataclasses.fields(method):
-        if "range" in f.metadata:
+        if "range" in f.metadata and getattr(method, f.name) == f.default:
             found.append(_dimension(f"method.{f.name}", {"default": f.default, **f.metadata}))
     found += [_dimension(key, spec) for key, spec in (extra or {}).items()]
     return [d for d in found if d.key not in fixed]

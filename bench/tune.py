@@ -7,6 +7,7 @@ as each sequence of trials follows from a seed, the same command goes on where i
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
 from bench.record import Record, write_atomically
-from bench.selection import cell_name, trials_folder, write
+from bench.selection import best_file, cell_name, trials_folder, write
 
 log = logging.getLogger("bench")
 SAMPLERS = ("sobol", "random", "optuna")
@@ -120,9 +121,10 @@ class Tuner(Sweeper):
         from bench.space import Proposals, space
 
         cfg = self.context.config_loader.load_sweep_config(self.config, [*overrides, "~best"])
-        method = OmegaConf.get_type(cfg.method)
-        fixed = [o.partition("=")[0] for o in overrides]
-        dimensions = space(method(), self.conf.space, fixed)
+        fixed = [o.partition("=")[0] for o in overrides] + ["train.lr"] * (cfg.train.lr is not None)
+        dimensions = space(OmegaConf.to_object(cfg.method), self.conf.space, fixed)
+        if not dimensions:
+            raise ValueError(f"{' '.join(overrides)}: everything that could be tuned is set already")
         proposals = Proposals(dimensions, self.conf.trials, self.conf.sampler, self.conf.seed)
         train = {k: cfg.train[k] for k in ("steps", "epochs")}
         return Cell(cell_name(cfg.hydra.runtime.choices), overrides, proposals, train)
@@ -132,9 +134,9 @@ class Tuner(Sweeper):
         if new:
             for cell in cells:
                 cell.rungs.append([])
-        returns = self._launch([self._trial(cell, trial, rung) for cell, trial in trials])
-        for (cell, trial), job in zip(trials, returns, strict=True):
-            trial.record = _record(job)
+        found = self._records([self._trial(cell, trial, rung) for cell, trial in trials])
+        for (cell, trial), record in zip(trials, found, strict=True):
+            trial.record = record
             cell.rungs[rung].append(trial)
 
     def _trial(self, cell: Cell, trial: Trial, rung: int) -> list[str]:
@@ -155,6 +157,17 @@ class Tuner(Sweeper):
     def _final(self, cell: Cell, best: Trial, seed: int) -> list[str]:
         results = f"results='{self.config.results}'"
         return [*cell.overrides, "~best", *_texts(best.values), "test=selected", f"seed={seed}", results]
+
+    def _records(self, jobs: list[list[str]]) -> list[Record]:
+        """Run jobs and wait for those that another worker computes; a signal ends the sweep with exit code 130."""
+        words = [job.return_value for job in self._launch(jobs)]
+        while any(word.startswith("running: ") for word in words):
+            _wait([Path(word.removeprefix("running: ")) for word in words if word.startswith("running: ")])
+            words = [job.return_value for job in self._launch(jobs)]  # what has a record returns at once
+        records = [_record(word) for word in words]
+        if any(r is None or r.status == "interrupted" for r in records):
+            raise SystemExit(130)
+        return [r for r in records if r is not None]
 
     def _launch(self, jobs: list[list[str]]) -> list[Any]:
         if not jobs:
@@ -206,36 +219,24 @@ class Tuner(Sweeper):
         return f"python -m bench experiment={chosen}" if chosen else "python -m bench hydra/sweeper=tune"
 
 
-def best_file(selection: dict[str, Any], command: str) -> str:
-    """The YAML of `conf/best` for a recorded choice: values, and in its head what chose them."""
-    parts: dict[str, dict[str, Any]] = {}
-    for key, value in selection["values"].items():
-        part, _, name = key.partition(".")
-        parts.setdefault(part, {})[name] = value
-    trials = selection["trials"]
-    lines = [
-        "# @package _global_",
-        f"# Of {len(trials)} trials ({selection['sampler']}, seed {selection['seed']}, {selection['steps']} steps in all) on "
-        f"{selection['task']}, the best on val: {selection['winner']}, {selection['metric']} {selection['val']:.4f}.",
-        f"# {command}",
-        f"# trials: {' '.join(t['id'] for t in trials)}",
-        f"# val: {' '.join('-' if t['val'] is None else format(t['val'], '.4f') for t in trials)}",
-    ]
-    return "\n".join(lines) + "\n" + OmegaConf.to_yaml(OmegaConf.create(parts))
-
-
 def _row(trial: Trial, rung: int) -> dict[str, Any]:
     r = trial.record
     assert r is not None
     return {"id": r.id, "rung": rung, "status": r.status, "val": trial.val, "steps": r.steps, "values": trial.values}
 
 
-def _record(job: Any) -> Record:
-    """The record of a job. Raises what the job raised, ValueError for a configuration that cannot be run."""
-    path = job.return_value
-    if path.startswith("error: "):
-        raise ValueError(path.removeprefix("error: "))
-    return Record.load(Path(path))
+def _record(word: str) -> Record | None:
+    """The record that a job left word of; None where a signal came before it. Raises ValueError for one that cannot be run."""
+    if word.startswith("error: "):
+        raise ValueError(word.removeprefix("error: "))
+    return None if word.startswith("stopped: ") else Record.load(Path(word))
+
+
+def _wait(folders: list[Path], seconds: float = 60.0) -> None:
+    """Until all have records, or so long: a worker may have died, then the next launch takes its cell over."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not all((f / "record.json").exists() for f in folders):
+        time.sleep(1.0)
 
 
 def _texts(values: dict[str, Any]) -> list[str]:

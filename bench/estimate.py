@@ -1,0 +1,156 @@
+"""What a run will cost, counted on its model's shape before anything is fetched or run: FLOPs, parameters, bytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from bench.config import Config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tasks import Task
+
+TOKENS = 128  # of a row of text where no rows are at hand to be measured
+CHARACTERS = 4.0  # per token of English
+ROW_BYTES = 40  # of a prediction on disk
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One run: FLOPs of everything, bytes, and how many optimizer steps. `note`: why it is skipped, or what is unknown."""
+
+    steps: int = 0
+    train: float = 0.0
+    evaluate: float = 0.0
+    trained: int = 0
+    memory: int = 0
+    disk: int = 0
+    note: str = ""
+
+    @property
+    def flops(self) -> float:
+        return self.train + self.evaluate
+
+
+def cost(config: Config) -> Cost:
+    """Count one run. Raises Unsupported where it would be skipped, UnknownShape where the model's size is not known."""
+    from bench.model import counts
+
+    task, train, method = config.task, config.train, config.method
+    rows = row_counts(task)
+    steps = (
+        train.steps
+        if train.steps is not None
+        else max(1, round((train.epochs or 0) * math.ceil(rows["train"] / train.batch_size)))
+    )
+    model, head = _applied(config)
+    kept = counts(model, head)
+    micro = -(-train.batch_size // train.accumulate)
+    mean, longest = lengths(config)
+    one = _probe(model, config, micro, mean)
+    evaluations = (
+        (steps // train.eval_every if train.eval_every else max(1, math.ceil(train.epochs or 1))) if steps else 1
+    )
+    scored = rows["val"] * evaluations + rows["test"] * (config.test != "locked")
+    forward = one["forward"] / micro
+    new = task.max_new_tokens if task.phase == "generation" else 0
+    generated = forward / mean * new  # with a cache: a forward of one token each
+    peak = _probe(model, config, micro, longest)["activations"] if longest > mean else one["activations"]
+    return Cost(
+        steps=steps,
+        train=float(steps * train.accumulate * one["train_step"]),
+        evaluate=scored * (forward + generated),
+        trained=kept["trained_params"],
+        memory=_bytes(model, method.backward) + peak,
+        disk=kept["stored_bytes"] * config.save_state + ROW_BYTES * (rows["val"] + rows["test"]),
+    )
+
+
+@cache
+def _sizes(protocol: str, splits: tuple[Any, ...], sizes: tuple[Any, ...], holdout: int) -> dict[str, int]:
+    from tasks.splits import cut
+
+    return {k: len(v) for k, v in cut(protocol, dict(splits), dict(sizes), holdout)[0].items()}
+
+
+def row_counts(task: Task) -> dict[str, int]:
+    """Rows of train, val and test by the published sizes of the data; where there are none, those that can be had here."""
+    from tasks.data import DataConfig
+
+    if task.sizes:
+        found = _sizes(task.protocol, tuple(task.splits.items()), tuple(task.sizes.items()), task.holdout)
+    else:
+        found = {k: len(v) for k, v in task.load(DataConfig()).splits.items()}
+    limited = {k: min(n, task.limit.get(k) or n) for k, n in found.items()}
+    if task.shots is not None:
+        limited["train"] = min(limited["train"], task.shots * task.options().get("num_labels", 1))
+    return limited
+
+
+def lengths(config: Config) -> tuple[int, int]:
+    """Mean and largest tokens of a training row; an image is one."""
+    if config.task.kind == "image":
+        return 1, 1
+    longest = min(config.model.max_length or 512, config.task.max_length)
+    return min(longest, _mean_tokens(config)), longest
+
+
+def _mean_tokens(config: Config) -> int:
+    from tasks.data import DataConfig, MissingData
+
+    try:
+        rows = config.task.load(DataConfig(mode="real", root=config.data.root), 0).splits["train"]
+    except (MissingData, ValueError):
+        return TOKENS
+    texts = rows.select(range(min(200, len(rows)))).to_pandas().drop(columns="row_id").astype(str)
+    return max(8, round(float(texts.apply(lambda column: column.str.len()).sum(axis=1).mean()) / CHARACTERS) + 3)
+
+
+def _applied(config: Config) -> tuple[nn.Module, set[int]]:
+    """The model from its shape, with the method applied; ids of the head's parameters."""
+    import torch
+
+    from bench.shapes import skeleton
+
+    model = skeleton(config.model, config.task)
+    head = {id(p) for p in model.parameters() if p.requires_grad}
+    method = config.method
+    if getattr(method, "start", None) == "fisher":  # looks at data and weights; counts are the same
+        method = replace(method, start="random")
+    with torch.device("meta"):
+        model = method.apply(model, iter(()))
+    return model, head
+
+
+def _probe(model: nn.Module, config: Config, rows: int, tokens: int) -> dict[str, int]:
+    """FLOPs and activations of one micro-batch of `rows` x `tokens`."""
+    from bench import measure
+
+    batch = _batch(model, config, rows, tokens)
+    return measure.probe(model, batch, lambda b: model(**b).loss, backward=config.method.backward)
+
+
+def _batch(model: Any, config: Config, rows: int, tokens: int) -> dict[str, Any]:
+    import torch
+
+    with torch.device("meta"):
+        if config.task.kind == "image":
+            size = model.config.image_size
+            pixels = torch.zeros(rows, 3, size, size)
+            return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        one = not config.task.model_class.endswith(("LM", "LMHeadModel"))  # one label a row, or one a token
+        real = one and config.task.options().get("num_labels") == 1
+        labels = torch.zeros(rows, dtype=torch.float if real else torch.long) if one else ids
+        return {"input_ids": ids, "labels": labels}
+
+
+def _bytes(model: nn.Module, backward: bool) -> int:
+    """Weights; of what is trained, gradients and the two moments of AdamW."""
+    kept = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return kept + trained * (3 if backward else 0)
