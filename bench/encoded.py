@@ -63,7 +63,7 @@ class Encoded:
 
     @cached_property
     def _columns(self) -> dict[str, Callable[[int], Any]]:
-        return {name: _reader(self._table[name].combine_chunks()) for name in self._table.column_names}
+        return {name: _reader(self._table[name].chunk(0)) for name in self._table.column_names}
 
     @cached_property
     def _lengths(self) -> list[int]:

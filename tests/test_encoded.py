@@ -80,6 +80,16 @@ def test_a_second_run_encodes_nothing(calls):
     assert again["train"][5] == first["train"][5] and len(calls) == 100
 
 
+def test_nothing_is_copied_out_of_the_file(calls):
+    task, rows = load()
+    row = encode_splits(rows, task, TEXT)["train"][7]
+    encoded_cache._opened.cache_clear()
+    before = pa.total_allocated_bytes()
+    again = encode_splits(rows, task, TEXT)["train"]
+    assert again[7] == row and len(calls) == 60
+    assert pa.total_allocated_bytes() - before < files()[0].stat().st_size / 20
+
+
 def test_images_are_encoded_each_time():
     class Pixels:
         kind, seen = "image", 0
