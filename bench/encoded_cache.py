@@ -53,7 +53,11 @@ def folder() -> Path:
 
 def capacity() -> int:
     """Bytes that the folder may take. Raises ValueError for a PARETUNE_ENCODED_GB that is no number."""
-    return int(float(os.environ.get("PARETUNE_ENCODED_GB", "10")) * 1e9)
+    given = os.environ.get("PARETUNE_ENCODED_GB", "10")
+    try:
+        return int(float(given) * 1e9)
+    except (ValueError, OverflowError):
+        raise ValueError(f"PARETUNE_ENCODED_GB={given!r} is no number of gigabytes; 0 keeps nothing") from None
 
 
 def shared(key: str, encode: Callable[[], pa.Table]) -> pa.Table:

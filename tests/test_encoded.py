@@ -240,6 +240,9 @@ def test_the_folder_is_bounded_by_what_was_used_longest_ago(monkeypatch):
     monkeypatch.setenv("PARETUNE_ENCODED_GB", "0")
     encoded_cache.shared("f", lambda: table)
     assert [f.stem for f in files()] == ["e"]
+    monkeypatch.setenv("PARETUNE_ENCODED_GB", "ten")
+    with pytest.raises(ValueError, match="PARETUNE_ENCODED_GB='ten'"):
+        encoded_cache.shared("f", lambda: table)
 
 
 def test_the_command_shows_and_clears(capsys, monkeypatch):
