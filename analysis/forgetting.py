@@ -183,8 +183,8 @@ def _probe(config: Config) -> Yardstick:
     from omegaconf import OmegaConf
 
     from analysis.weights import built
-    from bench.batches import Encoded
     from bench.config import CONF
+    from bench.encoded import Encoded
     from tasks.image import Image
 
     name = "digits" if "cifar10" in config.task.path else "cifar10"
