@@ -22,6 +22,7 @@ PROTOCOLS = {
     "fewshot": "train and val are each `shots` rows per class of the public training split, test its development set",
     "vtab1k": "train: the first 800 rows, val: the first 200 of the last tenth of public train; test: public test",
 }
+VTAB_ORDER = "the first of all and the first of the last tenth, in the copy's order: not the published lists of images"
 STRIDE = 10_000_000  # ids of one public split lie below those of the next
 BIG, BIG_VAL = 2000, 1000
 
@@ -118,6 +119,6 @@ def _fits(rows: int, n: int) -> int:
 
 def _sentence(protocol: str, splits: dict[str, str], sizes: dict[str, int], chosen: dict[str, list[int]]) -> str:
     parts = [f"{s}: {len(chosen[s])} of {sizes[splits[s]]} public {splits[s]} rows" for s in SPLITS]
-    drawn = f"; drawn in the order of {RULE}" if protocol in ("leakfree", "heldout", "threeway") else ""
-    warned = "; val and test are the same rows" if protocol == "devset" else ""
-    return f"{protocol}: {', '.join(parts)}{drawn}{warned}"
+    drawn = dict.fromkeys(("leakfree", "heldout", "threeway"), f"; drawn in the order of {RULE}")
+    said = drawn | {"devset": "; val and test are the same rows", "vtab1k": f"; {VTAB_ORDER}"}
+    return f"{protocol}: {', '.join(parts)}{said.get(protocol, '')}"

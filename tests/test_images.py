@@ -47,7 +47,8 @@ def test_vtab_is_cut_into_800_200_and_the_public_test_split(name):
     task = compose_task(name)
     classes, test = PUBLISHED[name.removeprefix("vtab_")]
     assert (task.labels, task.expected()) == (classes, {"train": 800, "val": 200, "test": test})
-    found = cuts(name)
+    found, sentence = cut(task.protocol, task.splits, task.sizes, task.holdout)
+    assert "not the published lists" in sentence
     assert not set(found["train"]) & set(found["val"]) and task.splits["test"] != task.splits["train"]
 
 
