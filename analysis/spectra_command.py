@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-K = 10  # as analysis.spectra.K, which needs torch
+K = 10  # this and the two below as in `analysis.spectra` and `analysis.causal`, which need torch
+LAMBDAS, WHICH = "0,0.25,0.5,0.75,0.9,1,1.5,2", ("top", "all")
 
 
 def add(commands: Any, **options: Any) -> None:
@@ -42,10 +43,7 @@ def _add_forgetting(command: argparse.ArgumentParser) -> None:
 
 
 def _add_causal(command: argparse.ArgumentParser) -> None:
-    from analysis.causal import LAMBDAS, WHICH
-
-    default = ",".join(f"{x:g}" for x in LAMBDAS)
-    command.add_argument("--lambdas", default=default, help=f"factors; 0 removes, 1 leaves ({default})")
+    command.add_argument("--lambdas", default=LAMBDAS, help=f"factors; 0 removes, 1 leaves ({LAMBDAS})")
     command.add_argument("--which", choices=WHICH, default="top", help="intruders of a matrix that are scaled (top)")
     help = "split that is scored; test is for a factor that val has chosen (val)"
     command.add_argument("--split", choices=("val", "test"), default="val", help=help)
