@@ -52,6 +52,8 @@ def random_model(kind: str, num_labels: int = 2, seed: int = 0, model_class: str
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(transformers, auto).from_config(config).eval()
+        for p in [p for p in model.parameters() if p.ndim == 3 and not p.any()]:  # DeiT's tokens and positions, which
+            nn.init.normal_(p, std=0.02)  # as zeros give its first norm infinitely steep gradients
     linear_conv1d(model)
     freeze(model, HEADS if num_labels and not auto.endswith("LM") else ())
     return model
