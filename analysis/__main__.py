@@ -1,4 +1,4 @@
-"""python -m analysis table|report|plot|compare|recommend|export RUNS: look at a folder of runs."""
+"""python -m analysis table|pareto|report|plot|compare|recommend|export|spectra RUNS: look at a folder of runs."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
             modes = ("off", "auto", "online", "offline")
             command.add_argument("--wandb", choices=modes, default="off", help="also log page, table and plots (off)")
             command.add_argument("--wandb-project", default="paretune", help="project in W&B (paretune)")
+            command.add_argument("--wandb-chart", metavar="ENTITY/NAME", help="saved panel (python -m analysis.panels)")
         if name == "plot":
             command.add_argument("-o", "--output", type=Path, default=Path("pareto.png"), help="file (pareto.png)")
             command.add_argument("--cost", default="trained_params", help="column of the cost axis (trained_params)")
@@ -109,7 +110,7 @@ def _report(args: argparse.Namespace) -> str:
     matplotlib.use("agg")
     from analysis.mirror import mirror
 
-    return f"{said}\n{mirror(runs, path, args.wandb, args.wandb_project)}"
+    return f"{said}\n{mirror(runs, path, args.wandb, args.wandb_project, args.wandb_chart)}"
 
 
 def _compare(args: argparse.Namespace) -> str:

@@ -9,14 +9,18 @@ import pandas as pd
 
 from analysis.columns import MAIN_COSTS
 from analysis.fronts import Mixed
+from analysis.panels import panels
 from analysis.plots import pareto
 from analysis.report import views
 from analysis.summary import summarise
 from bench.track import start
 
 
-def mirror(runs: pd.DataFrame, page: Path, mode: str, project: str) -> str:
-    """Log the report `page` of `runs`; return where it went. Nothing that fails there is an error, as in a run."""
+def mirror(runs: pd.DataFrame, page: Path, mode: str, project: str, chart: str | None = None) -> str:
+    """Log the report `page` of `runs`; return where it went. Nothing that fails there is an error, as in a run.
+
+    chart: the saved panel of `analysis.panels`, ENTITY/NAME; without it the Pareto panels are W&B's scatter plots.
+    """
     run = start(mode, page.parent, project=project, name=page.stem, job_type="report")
     if run is None:
         return "not mirrored in W&B"
@@ -25,6 +29,7 @@ def mirror(runs: pd.DataFrame, page: Path, mode: str, project: str) -> str:
     table = summarise(runs)
     shown = table[["task", "model", "label", "metric", "score", "score_sd", "n", "missing", *MAIN_COSTS]]
     content: dict[str, Any] = {"results": wandb.Table(dataframe=shown)}
+    content |= panels(table.assign(view=views(table)), chart)
     content |= {name: wandb.Image(figure) for name, figure in figures(table).items()}
     content["report"] = wandb.Html(page.read_text(), inject=False)
     run.log(content)

@@ -1,11 +1,14 @@
 """The notebooks run from top to bottom: on synthetic records, and on published results where they are at hand."""
 
+import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.test_analysis import synthetic, write_grid
 from tests.test_imports import OSU, PEFT, needs_osu, needs_peft
+from tests.test_report import save_predictions
 
 jupytext = pytest.importorskip("jupytext", reason="needs the notebook extra: pip install -e '.[notebook]'")
 nbclient = pytest.importorskip("nbclient", reason="needs the notebook extra: pip install -e '.[notebook]'")
@@ -47,6 +50,52 @@ def test_vtab_results(tmp_path, monkeypatch):
     text, pictures = executed("vtab_tuning", tmp_path, monkeypatch)
     assert pictures == 3 and "the winner changes on 7 of 19 data sets" in text
     assert "mean 1.05, median 0.29, maximum 27.22 points" in text
+
+
+def test_fair_comparison(tmp_path, monkeypatch):
+    results = compared(tmp_path / "results", {"lora": 0.9, "dora": 0.6})
+    monkeypatch.setenv("PARETUNE_RESULTS", str(results))
+    text, pictures = executed("fair_comparison", tmp_path, monkeypatch)
+    assert pictures == 1 and "UNEQUAL budgets" in text, "lora had two settings, dora one"
+    assert (
+        "rte: lora is better by 0.3" in text and "2 tasks: no p below 0.5 is possible: this test cannot decide" in text
+    )
+
+
+def test_budget(tmp_path, monkeypatch):
+    results = compared(tmp_path / "results", {"lora": 0.9, "dora": 0.6, "ia3": 0.7, "full": 0.95, "bitfit": 0.9})
+    monkeypatch.setenv("PARETUNE_RESULTS", str(results))
+    text, pictures = executed("budget", tmp_path, monkeypatch)
+    assert "4 of 5 methods fit on rte" in text and "over budget: full" in text and pictures == 2
+    assert "bitfit, which trains the fewest parameters" in text
+
+
+def test_intruders(tmp_path, monkeypatch):
+    from bench.config import compose
+    from bench.run import run
+
+    monkeypatch.setenv("PARETUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PARETUNE_RESULTS", str(tmp_path / "results"))
+    tiny = ["model=random_bert", "task=rte", "data=standin", "task.limit={train:16,val:8,test:8}", "wandb=off"]
+    fast = ["train.steps=3", "train.batch_size=8", "task.max_length=64", f"results={tmp_path / 'results'}"]
+    for method, lr in (("lora", 0.5), ("full_ft", 0.001), ("bitfit", 0.01)):
+        record = run(compose([*tiny, *fast, f"method={method}", f"train.lr={lr}", "spectra=true"]))
+        assert record.status == "ok", record.reason
+    text, pictures = executed("intruders", tmp_path, monkeypatch)
+    assert "3 runs with spectra" in text and "the lowest |cosine| of a leading vector" in text and pictures == 5
+
+
+def compared(folder, shares):
+    """Runs of four seeds on two tasks with stored predictions; lora also with a second setting that val does not choose."""
+    random = np.random.default_rng(0)
+    for method, task, seed in itertools.product(shares, ("rte", "stsb"), range(4)):
+        right = random.random(400) < shares[method]
+        record = synthetic(method, task, seed, score=float(right.mean()))
+        record.metrics = {"val/accuracy": record.score}
+        save_predictions(record, folder, right, 0)
+        if method == "lora":
+            synthetic(method, task, seed, lr=9.0, metrics={"val/accuracy": 0.1}, score=0.1).save(folder)
+    return folder
 
 
 def test_every_notebook_is_run():

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 import analysis
+from analysis import panels
 from analysis.__main__ import main
 from analysis.report import report
 from tests.test_analysis import METHODS, synthetic, write_grid
@@ -62,6 +63,26 @@ def test_a_copy_with_its_plots_goes_to_wandb(tmp_path, monkeypatch, capsys):
     assert any(file.suffix == ".html" for file in run.rglob("*")) and any(
         "table" in f.name for f in run.rglob("*.json")
     )
+
+
+def test_the_pareto_view_is_a_panel_of_wandb(tmp_path, monkeypatch):
+    """Offline: the logged charts name the panel, and their tables have the columns that the saved panel's fields ask for."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    table = analysis.summarise(analysis.load(write_grid(tmp_path / "results")))
+    table["view"] = analysis.report.views(table)
+    plain, saved = panels.panels(table), panels.panels(table, "us/paretune_pareto")
+    assert len(plain) == len(saved) == 2 * 4 and "pareto_panel/rte roberta_base memory_peak" in plain
+    chart = saved["pareto_panel/rte roberta_base trained_params"]
+    assert chart.spec.spec_name == "us/paretune_pareto" and set(chart.spec.fields.values()) <= set(chart.table.columns)
+    front = {
+        row[chart.table.columns.index("method")] for row in chart.table.data if row[chart.table.columns.index("front")]
+    }
+    assert "linear_probe" in front and "full" in front
+    content = json.loads(panels.spec())
+    asked = set(re.findall(r"\$\{(\w+):(\w+)\}", panels.spec()))
+    assert {name for kind, name in asked if kind == "field"} == set(chart.spec.fields)
+    assert {name for kind, name in asked if kind == "string"} == set(chart.spec.string_fields)
+    assert content["data"] == {"name": "wandb"}
 
 
 def visit(page, tmp_path, state=""):
