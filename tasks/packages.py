@@ -16,6 +16,8 @@ GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")  #
 GROUPS: dict[str, tuple[str, ...]] = {
     "demo": ("stsb", "rotten_tomatoes", "digits", "gsm8k"),
     "glue": GLUE,
+    "arithmetic": tuple(MATH),
+    "dev_rows": tuple(DEV),
     "commonsense": ("boolq", *CHOICE),
 }
 

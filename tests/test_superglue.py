@@ -3,9 +3,12 @@
 import pandas as pd
 import pytest
 import sklearn.metrics as reference
+import torch
 from transformers import ByT5Tokenizer
 
+from bench.random_models import random_model
 from tasks import DataConfig, compose_task
+from tests.test_tasks import batches
 
 TEXT = ByT5Tokenizer(model_max_length=512)
 STANDIN = DataConfig("standin")
@@ -78,3 +81,16 @@ def test_record_learns_the_sentence_with_a_right_answer():
     rows = task.load(STANDIN).splits
     passages = {s: set(rows[s]["passage"]) for s in ("val", "test")}
     assert not passages["val"] & passages["test"]
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2", "deberta"])
+@pytest.mark.parametrize("name", ["wic", "multirc"])
+def test_encoders_and_decoders_are_trained_and_scored(name, kind):
+    task = compose_task(name, ["task.limit={train: 4, val: 6, test: 2}", "task.max_length=64"])
+    model = random_model(kind, model_class=task.model_class)
+    model.config.pad_token_id = TEXT.pad_token_id
+    rows = task.load(STANDIN).splits["val"]
+    batch, _ = next(batches(task, rows, TEXT, 6))
+    assert torch.isfinite(model(**batch).loss)
+    found = task.score(task.predict(model, batches(task, rows, TEXT, 4), TEXT))
+    assert task.metric in found and ("exact_question" in found) == (name == "multirc")
