@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from analysis.spectra import EPSILON, K, compare, leading
 from methods.base import Unsupported
+from tasks.data import MissingData
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,7 +127,7 @@ def sweep(
     try:
         stick = yardstick(ready.model, config)
         before = stick.value(built(config).model.to(next(ready.model.parameters())))
-    except Unsupported as error:
+    except (Unsupported, MissingData) as error:
         reason = str(error)
     rows = []
     for kind, what in found.items():

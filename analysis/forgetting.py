@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from analysis.forgetting_text import texts
 from methods.base import Unsupported
+from tasks.data import MissingData
 
 if TYPE_CHECKING:
     from bench.config import Config
@@ -63,11 +64,10 @@ def of_run(
     from analysis.weights import built
 
     known = {} if known is None else known
-
     try:
         stick = yardstick(model, config, text)
         after = stick.value(model)
-    except Unsupported as error:
+    except (Unsupported, MissingData) as error:
         return {"reason": str(error)}
     like = next(model.parameters())
     key = f"{config.model} {config.seed if config.model.path.startswith('random:') else ''} {like.dtype} {stick.source}"

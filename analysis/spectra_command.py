@@ -75,12 +75,8 @@ def _spectra(args: argparse.Namespace) -> str:
 
 def _forgetting(args: argparse.Namespace) -> str:
     from analysis.forgetting import of_records
-    from tasks.data import MissingData
 
-    try:
-        return of_records(args.runs, args.root, args.device, args.text)
-    except MissingData as error:
-        raise ValueError(str(error)) from error
+    return of_records(args.runs, args.root, args.device, args.text)
 
 
 def _causal(args: argparse.Namespace) -> str:

@@ -104,6 +104,10 @@ def test_what_has_no_yardstick_says_why(masked, tmp_path):
     BertTokenizer.from_pretrained(masked).save_pretrained(tmp_path)
     config, model = ready("method=lora", f"model.path={tmp_path}")
     assert "brings no language-model head" in of_run(model, config)["reason"]
+    config, model = ready("method=lora", "model=random_llama")
+    assert "cannot be had here" in of_run(model, config, "wikitext")["reason"]
+    with pytest.raises(ValueError, match="there are wikipedia"):
+        of_run(model, config, "novels")
     config, model = ready("method=lora", "model=random_t5")
     with pytest.raises(Unsupported, match="encoder-decoder"):
         yardstick(model, config)
