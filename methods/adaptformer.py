@@ -37,25 +37,25 @@ class AdaptMLP(ScaledBottleneck):
         self.stream.append(inputs[0])
 
     def add(self, ffn: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """Forward hook of the FFN: MLP(LN(x')) + A(x'), to which the block adds x' (equation 3)."""
+        """Forward hook of the FFN: MLP(LN(x')) + A(x'), to which the block adds x'."""
         return output + self(self.stream.pop()).to(output.dtype)
 
 
 @register
 @dataclass
 class AdaptFormer(Method):
-    """Equations 2 and 3 with the official code's reading of them: A reads x' as it is, where the paper writes LN(x').
+    """The map of the official code: A reads x' as it is, where the paper writes LN(x').
 
     The dropout between the projections is the code's too. A block without a norm right before its FFN (BERT) has no
     such x': there it would be `parallel_adapter` with another scale.
     """
 
-    lr: ClassVar[float] = 1e-3  # of AdamW in PETL-ViT; the paper trains with SGD at 0.1 x batch size / 256
+    lr: ClassVar[float] = 1e-3  # of AdamW in PETL-ViT; the official code trains with SGD at 0.1 x batch size / 256
     family: ClassVar[str] = "adapter"
     acts: ClassVar[str] = "beside the FFN"
     formula: ClassVar[str] = "L (2 d b + b + d)"
 
-    width: int = 64  # section 4.1
+    width: int = 64  # this, scale and dropout: official code
     # section 4.1; searched: the grid of the VTAB study that selects on val
     scale: float = searched(0.1, (0.05, 0.1, 0.2))
     dropout: float = 0.1

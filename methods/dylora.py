@@ -15,7 +15,7 @@ from methods.lora import LoRA, LoRALinear
 
 
 class DyLoRALinear(LoRALinear):
-    """Equations 6 and 7: h = W0 x + (alpha / b) B[:, :b] A[:b] x, with b = `drawn` in training and `rank` else."""
+    """h = W0 x + (alpha / b) B[:, :b] A[:b] x, with b = `drawn` in training and `rank` else."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, *, acting: int, frozen: bool):
         super().__init__(base, rank, alpha, dropout)
@@ -23,7 +23,7 @@ class DyLoRALinear(LoRALinear):
         self.frozen = frozen
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """A[:b], B[:, :b] and alpha / b. Frozen, the first b - 1 ranks are constants for the backward pass (section 4)."""
+        """A[:b], B[:, :b] and alpha / b. Frozen, the first b - 1 ranks are constants for the backward pass."""
         b = self.drawn if self.training else self.acting
         A, B = self.A[:b], self.B[:, :b]
         if self.training and self.frozen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from methods.adalora import skew
 from methods.base import Adapted, Batch, placement, register, rest
 from methods.lora import LoRA
+from methods.restarts import RestartedAdamW
 
 
 class Pieces(nn.ParameterList):
@@ -23,11 +24,11 @@ class Pieces(nn.ParameterList):
 
 
 class IncreLoRALinear(Adapted):
-    """Equation 4: h = W0 x + s B diag(E) A x with s = alpha / rank, A (rank, in), B (out, rank) and E (rank,) in pieces.
+    """h = W0 x + s B diag(E) A x with s = alpha / rank, A (rank, in), B (out, rank) and E (rank,) in pieces.
 
     The last piece is the reserve: its A and B are trained already, beside an E that rests at a small value ("advance
     learning"). It does not count as rank. A `fused` layer has one piece with s in E.
-    `score` gathers equation 6 over a step; `smooth` and `unsure` are its running mean and deviation.
+    `score` gathers the importance of `feel` over a step; `smooth` and `unsure` are its running mean and deviation.
     """
 
     base: nn.Linear
@@ -78,7 +79,7 @@ class IncreLoRALinear(Adapted):
 
     @torch.no_grad()
     def feel(self, x: Tensor, grad: Tensor) -> None:
-        """Equation 6: sum |dW * dL/ddW| / sqrt(out in). Both matrices live for this moment alone."""
+        """The layer's importance: sum |dW * dL/ddW| / sqrt(out in). Both matrices live for this moment alone."""
         A, B, E = self.factors()
         gradient = grad.flatten(0, -2).T.to(A.dtype) @ x.flatten(0, -2).to(A.dtype)
         change = (B * E) @ A * self.scale
@@ -104,20 +105,6 @@ class IncreLoRALinear(Adapted):
         E, on = E * self.scale, E != 0
         self.A, self.B, self.E = (Pieces([nn.Parameter(t.clone())]) for t in (A[on], B[:, on], E[on]))
         self.fused = True
-
-
-class RestartedAdamW(torch.optim.AdamW):
-    """AdamW whose late groups (`warm` steps of their own warm-up, `age` steps old) join the schedule by and by."""
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        rates = [group["lr"] for group in self.param_groups]
-        for group in self.param_groups:
-            group["age"] += bool(group["params"])
-            group["lr"] *= min(1.0, group["age"] / group["warm"])
-        loss = super().step(closure)
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            group["lr"] = rate
-        return loss
 
 
 @register
@@ -150,7 +137,7 @@ class IncreLoRA(LoRA):
     end: float = 0.41  # 15 intervals of 100 steps later
     beta1: float = 0.85
     beta2: float = 0.85
-    orthogonal: float = 0.1
+    orthogonal: float = 0.1  # released scripts: 0.1, in two of them (RTE among them) 0.3
 
     def __post_init__(self) -> None:
         super().__post_init__()

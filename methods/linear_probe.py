@@ -19,7 +19,7 @@ from methods.base import Batch, Method, Unsupported, register
 class LinearProbe(Method):
     """The lower reference of every table: what the pretrained features give without any adaptation."""
 
-    lr: ClassVar[float] = 1e-3  # torch's Adam default; no recipe of the paper carries over to transformers
+    lr: ClassVar[float] = 1e-3  # our choice, torch's Adam default: no recipe of the paper carries over to transformers
     family: ClassVar[str] = "reference"
     acts: ClassVar[str] = "the task head"
     formula: ClassVar[str] = "0"

@@ -29,7 +29,7 @@ def numbers(seed: int, first: int, count: int, device: torch.device) -> Tensor:
 
 
 class Mixture(torch.autograd.Function):
-    """Equation 3: sum_i c_i G_i for coefficients c (k,) and bases G_i of `shape`, uniform in [-1, 1] / sqrt(k).
+    """sum_i c_i G_i for coefficients c (k,) and bases G_i of `shape`, uniform in [-1, 1] / sqrt(k).
 
     The sum is linear in c, so that the backward pass needs nothing but the bases, which it makes again.
     """
@@ -105,9 +105,9 @@ class NOLA(LoRA):
     formula: ClassVar[str] = "k + l per layer"
     oracle: ClassVar[str] = "closed form"
 
-    rank: int = 8
+    rank: int = 8  # this and alpha: the same script, with 512 bases there
     alpha: float = 8.0
-    bases_a: int = 1024
+    bases_a: int = 1024  # this and the next: README of the released code
     bases_b: int = 1024
 
     def __post_init__(self) -> None:

@@ -58,11 +58,11 @@ class PiSSALinear(LoRALinear):
 class PiSSA(LoRA):
     """Principal singular values and vectors adaptation, on the layers and at the rank of `lora` so that the two compare.
 
-    `iterations` of the randomised SVD (section 4; the paper's figures use 4 to 16) in place of the exact one: faster
+    `iterations` of the randomised SVD (4 and 16 in the released code) in place of the exact one: faster
     at the start, and the model is still exactly the pretrained one.
     """
 
-    lr: ClassVar[float] = 2e-5  # section 5.1: LLaMA-2-7B, Mistral-7B, Gemma-7B at rank 128
+    lr: ClassVar[float] = 2e-5  # released scripts: LLaMA-2-7B at rank 128
 
     alpha: float | None = None  # type: ignore[assignment]  # the paper's alpha = rank, that is s = 1
     iterations: int | None = None

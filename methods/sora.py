@@ -15,12 +15,12 @@ from methods.lora import LoRA, LoRALinear
 
 
 def soft_threshold(g: Tensor, threshold: float) -> Tensor:
-    """Equation 7: sign(g) max(|g| - threshold, 0), the proximal operator of threshold ||g||_1."""
+    """Soft threshold: sign(g) max(|g| - threshold, 0), the proximal operator of threshold ||g||_1."""
     return g.sign() * (g.abs() - threshold).clamp_min(0)
 
 
 class SoRALinear(LoRALinear):
-    """Equation 4: h = W0 x + s B (g * (A x)) with the gate g (rank,), drawn from a normal distribution."""
+    """h = W0 x + s B (g * (A x)) with the gate g (rank,), drawn from a normal distribution."""
 
     elastic = True
 
@@ -60,7 +60,7 @@ class ProximalAdamW(torch.optim.AdamW):
 class SoRA(LoRA):
     """Sparse low-rank adaptation of all linear layers: ranks whose gate reaches zero are left out after training.
 
-    `threshold` is taken off every gate in every step, as released; equation 8 multiplies it by the learning rate. It
+    `threshold` is taken off every gate in every step, as in the released script; the paper, and a second optimizer in its repository, multiply it by the learning rate. It
     has to fit the number of steps: a gate of 1 that the loss does not hold closes after 1 / threshold of them. The
     released operator shrinks and then zeroes what is below the threshold again, which removes up to twice of it:
     here the paper's is followed. A gate has no weight decay.

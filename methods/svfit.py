@@ -49,7 +49,7 @@ class SVFitLinear(Adapted):
 class SVFit(Method):
     """A layer with fewer than `rank` singular values trains all of them. Weight decay pulls the values themselves."""
 
-    lr: ClassVar[float] = 1e-2  # no recipe is released
+    lr: ClassVar[float] = 1e-2  # our choice: no recipe is released
     family: ClassVar[str] = "low-rank"
     acts: ClassVar[str] = "singular values of query and value"
     formula: ClassVar[str] = "r per layer"

@@ -14,7 +14,7 @@ from methods.vpt_shallow import VPTShallow
 @register
 @dataclass
 class VPTDeep(VPTShallow):
-    """Equations 7 and 8: layer i reads [x, P_i, E], and what it makes of P_i is not read by layer i + 1."""
+    """VPT-deep: layer i reads [x, P_i, E], and what it makes of P_i is not read by layer i + 1."""
 
     acts: ClassVar[str] = "the sequence of patches, at each layer"
     formula: ClassVar[str] = "L p d"

@@ -30,11 +30,11 @@ class VisualPrompt(nn.Module):
         return torch.cat([x[:, :1], values, x[:, rest:]], 1)
 
     def insert(self, embeddings: nn.Module, inputs: Any, x: Tensor) -> Tensor:
-        """Forward hook of the embeddings, whose output has its position embeddings already (equation 4)."""
+        """Forward hook of the embeddings, whose output has its position embeddings already."""
         return self.around(x, 1)
 
     def replace(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Forward pre-hook of a layer: what the prompts before became is thrown away (equation 7)."""
+        """Forward pre-hook of a layer: what the prompts before became is thrown away."""
         return self.around(inputs[0], 1 + len(self.values)), *inputs[1:]
 
     def drop(self, backbone: nn.Module, inputs: Any, output: Any) -> Any:
@@ -47,15 +47,17 @@ class VisualPrompt(nn.Module):
 @register
 @dataclass
 class VPTShallow(Method):
-    """Equations 4 to 6: [x0, P, E0] goes through all layers; the head reads the class token."""
+    """VPT-shallow: [x0, P, E0] goes through all layers; the head reads the class token."""
 
-    lr: ClassVar[float] = 1e-3  # of AdamW; the paper's SGD searches 0.05 to 50 times batch size / 256 (appendix A)
+    lr: ClassVar[float] = (
+        1e-3  # our choice for AdamW; official tune_vtab.py searches SGD's 0.05 to 50, times batch size / 256
+    )
     family: ClassVar[str] = "prompt"
     acts: ClassVar[str] = "the sequence of patches"
     formula: ClassVar[str] = "p d"
     neutral: ClassVar[bool] = False  # prompts take attention from the patches at once
 
-    length: int = searched(50, (1, 5, 10, 50, 100, 200))  # table 1 searches 1, 5, 10, 50, 100, 200
+    length: int = searched(50, (1, 5, 10, 50, 100, 200))  # the paper searches these; the code's default is 5
     dropout: float = 0.0  # searched: 0 or 0.1
 
     def __post_init__(self) -> None:
