@@ -67,7 +67,8 @@ def pretrained(config: Config, like: Mapping[str, Tensor], architecture: str | N
     stored = _files(config.model)
     found = {} if stored is None else align(like, stored)
     if wanted and set(wanted) <= set(found):
-        return Lazy(found, lambda name: found[name].to(dtype))
+        order = [n for n in like if n in found] + [n for n in found if n not in like]
+        return Lazy(order, lambda name: found[name].to(dtype))
     whole = effective(built(config).model)
     return Lazy(whole, lambda name: whole[name].to(dtype))
 
