@@ -70,7 +70,11 @@ def history_of(path: str | Path) -> list[dict[str, Any]]:
 
 
 def learning(table: pd.DataFrame, ax: Axes | None = None, *, title: str = "loss") -> Axes:
-    """Learning curves of `histories`: the mean over seeds, with the range from the lowest to the highest seed as a band."""
+    """Learning curves of `histories`: the mean over seeds, with the range from the lowest to the highest seed as a band.
+
+    Also ranks and budgets over time, of methods that change theirs: `learning(histories(runs, "rank"), title="total rank")`,
+    or "active_params", "sparsity", ... (the `numbers` of a method lie in the history under these names).
+    """
     import matplotlib.pyplot as plt
 
     if table["task"].nunique() > 1:
@@ -82,9 +86,12 @@ def learning(table: pd.DataFrame, ax: Axes | None = None, *, title: str = "loss"
         if (at["max"] > at["min"]).any():
             ax.fill_between(at.index, at["min"], at["max"], color=style["color"], alpha=0.13, lw=0)
     if table["value"].min() > 0 and table["value"].max() > 5 * table["value"].min():
+        from matplotlib.ticker import LogLocator, NullFormatter
+
         ax.set_yscale("log")  # one bad start would flatten all the others
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel="step", ylabel=title)
     ax.set_title(str(table["task"].iloc[0]), fontsize=10)
     ax.margins(x=0.01)

@@ -90,7 +90,7 @@ def heat_map(scores: pd.DataFrame, ax: Axes | None = None, *, reference: str | N
         raise ValueError(f"reference {reference!r} is no method of the table: {', '.join(map(str, scores.columns))}")
     base = scores.mean(axis=1) if reference is None else scores[reference]
     gap = 100 * scores.sub(base, axis=0)
-    size = (1.8 + 0.58 * scores.shape[1], 1.4 + 0.27 * len(scores))
+    size = (1.8 + 0.58 * scores.shape[1], max(1.4 + 0.27 * len(scores), 2.8))
     ax = plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
     limit = float(np.quantile(gap.abs(), 0.95)) or 1.0
     colours = LinearSegmentedColormap.from_list("below, above", ["#B34700", "#F4A582", "#F7F7F7", "#92C5DE", "#005A8F"])
@@ -105,7 +105,7 @@ def heat_map(scores: pd.DataFrame, ax: Axes | None = None, *, reference: str | N
     ax.spines[:].set_visible(False)
     ax.set_title(STANDIN if scores.attrs.get("standin") else "", fontsize=10)
     bar = ax.figure.colorbar(image, ax=ax, extend="both", pad=0.02, aspect=30)
-    bar.set_label(f"points from {reference or 'the mean of the row'}", fontsize=8.5)
+    bar.set_label(f"points from {reference or 'row mean'}", fontsize=8.5)
     bar.outline.set_visible(False)  # type: ignore[operator]
     return ax
 

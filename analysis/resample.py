@@ -52,9 +52,9 @@ def _per_row(metric: str, predictions: pd.DataFrame) -> Array:
         return predictions["score"].to_numpy(float)
     if metric == "answer_nll":
         return predictions["nll"].to_numpy(float)
-    given = predictions[column]
-    answered = (given != "").to_numpy() if metric in ("answered", "exact_match", "exact_match_flexible") else True
-    right = (given == predictions["label"]).to_numpy() if metric != "answered" else True
+    given, label = predictions[column].to_numpy(), predictions["label"].to_numpy()
+    answered = given != "" if metric in ("answered", "exact_match", "exact_match_flexible") else True
+    right = given == label if metric != "answered" else True
     return np.logical_and(answered, right).astype(float) * np.ones(len(predictions))
 
 

@@ -33,23 +33,23 @@ Run = dict[Any, Any]  # a row of `analysis.load`
 
 def curves(runs: Iterable[Run]) -> dict[str, Any]:
     """Of each quantity in the histories of one row's runs: [steps, means over seeds] and, of several seeds, lowest, highest."""
-    found: dict[str, dict[float, list[float]]] = {}
+    found: dict[str, list[dict[float, float]]] = {}
     for path in dict.fromkeys(run["path"] for run in runs if "path" in run):
-        for point in history_of(path):
-            for name, value in point.items():
-                if name != "step" and isinstance(value, int | float):
-                    found.setdefault(name, {}).setdefault(point["step"], []).append(value)
-    return {name: _thinned(steps) for name, steps in found.items() if len(steps) > 1}
+        history = history_of(path)
+        for name in dict.fromkeys(key for point in history for key in point if key != "step"):
+            values = {p["step"]: v for p in history if isinstance(v := p.get(name), int | float)}
+            found.setdefault(name, []).append(values)
+    return {name: _thinned(seeds) for name, seeds in found.items() if len(set().union(*seeds)) > 1}
 
 
-def _thinned(steps: dict[float, list[float]]) -> list[list[float | None]]:
-    order = sorted(steps)
+def _thinned(seeds: list[dict[float, float]]) -> list[list[float | None]]:
+    order = sorted(set().union(*seeds))
     kept = [order[i] for i in np.unique(np.linspace(0, len(order) - 1, POINTS).round().astype(int))]
-    means = [number(sum(steps[s]) / len(steps[s]), 4) for s in kept]
-    if max(len(steps[s]) for s in kept) == 1:
+    values = [[seed[s] for seed in seeds if s in seed] for s in kept]
+    means = [number(sum(v) / len(v), 4) for v in values]
+    if max(map(len, values)) == 1:
         return [[number(s) for s in kept], means]
-    ends = [[number(end(steps[s]), 4) for s in kept] for end in (min, max)]
-    return [[number(s) for s in kept], means, *ends]
+    return [[number(s) for s in kept], means, *([number(end(v), 4) for v in values] for end in (min, max))]
 
 
 def chosen(rows: pd.DataFrame) -> pd.DataFrame:

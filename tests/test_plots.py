@@ -98,6 +98,21 @@ def test_learning_curves_come_from_the_records(tmp_path):
     assert plots_runs.histories(peft, "valid accuracy")["value"].tolist() == [0.3, 0.4]
 
 
+def test_an_allocators_rank_is_a_curve_and_log_ticks_stay_apart(tmp_path):
+    history = [{"step": float(s), "loss": 4 / (1 + s), "rank": 64.0 - 8 * s} for s in range(6)]
+    synthetic("adalora", history=history).save(tmp_path)
+    synthetic("lora", history=[{"step": 0.0, "loss": 1.0}]).save(tmp_path)
+    runs = analysis.load(tmp_path)
+    ax = plots_runs.learning(plots_runs.histories(runs, "rank"), title="total rank")
+    assert ax.lines[0].get_ydata().tolist() == [64, 56, 48, 40, 32, 24] and len(ax.lines) == 1
+    ax = plots_runs.learning(plots_runs.histories(runs))
+    drawn(ax)
+    renderer = ax.figure.canvas.get_renderer()
+    labels = [t.get_window_extent(renderer) for t in ax.yaxis.get_ticklabels(which="both") if t.get_text()]
+    assert ax.get_yscale() == "log" and len(labels) > 2
+    assert not any(a.overlaps(b) for i, a in enumerate(labels) for b in labels[:i])
+
+
 def test_bars_stack_to_the_sum_and_say_stand_in():
     parts = {"weights": 5e8, "gradients": 1e6, "optimizer": 2e6, "activations": 9e7, "peak": 6e8}
     seconds = {"setup": 1.0, "train": 60.0, "eval": 5.0, "total": 70.0}
