@@ -110,10 +110,11 @@ def sweep(
     split: str = "val",
     k: int = K,
 ) -> pd.DataFrame:
-    """One row per scaled vector (`intruder`, `neighbour`) and lambda: `score` on `split`, `forgetting`, `loss`, `matrices`.
+    """One row per scaled vector (`intruder`, `neighbour`) and lambda: `score` on `split`, `forgetting`, `matrices`.
 
     The model is merged. `forgetting` is NaN where it cannot be measured, for which `attrs["reason"]` says why. The test
-    split is for a lambda that val has chosen, not for choosing one. Raises Unsupported without intruders.
+    split is for a lambda that val has chosen, not for choosing one. Raises Unsupported without intruders, ValueError for the
+    test split of a run that keeps it locked.
     """
     import pandas as pd
 
@@ -121,6 +122,8 @@ def sweep(
     from analysis.weights import built
     from bench.model import merge
 
+    if split == "test" and config.test != "open":
+        raise ValueError(f"the test split of this run is {config.test}: sweep on val")
     merge(ready.model)
     found = cuts(ready.model, config, which, k)
     stick, before, reason = None, float("nan"), ""

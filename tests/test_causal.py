@@ -102,6 +102,13 @@ def test_without_intruders_there_is_nothing_to_scale():
         sweep(ready, config, [1.0])
 
 
+def test_a_locked_test_split_stays_locked():
+    config, ready = planted("bert")
+    config.test = "locked"
+    with pytest.raises(ValueError, match="sweep on val"):
+        sweep(ready, config, [1.0], split="test")
+
+
 def test_changes_are_against_the_model_itself():
     rows = [("a", "intruder", 0, 0.5), ("a", "intruder", 1, 0.7), ("b", "intruder", 0, 0.6), ("b", "intruder", 1, 0.6)]
     table = pd.DataFrame(rows, columns=["run", "vector", "lambda", "score"])
