@@ -171,6 +171,17 @@ def test_adapters_agree_with_the_equations(name):
     trained = [p for p in model.parameters() if p.requires_grad]
     sides = [torch.autograd.grad(y.square().sum(), trained, retain_graph=True) for y in (actual, expected)]
     torch.testing.assert_close(*sides, **TOLERANCE)
+    after_steps = []
+    for forward in (lambda m: m(input_ids=ids).logits, lambda m: dense_bert(m, ids, name)):
+        other = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], 1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            forward(other).square().sum().backward()
+            optimizer.step()
+        after_steps.append(logits(other, {"input_ids": ids}))
+    assert (after_steps[0] - actual).abs().max() > 1e-3
+    torch.testing.assert_close(*after_steps, rtol=1e-6, atol=1e-7)
 
 
 def test_bitfit_trains_the_biases_by_hand():
