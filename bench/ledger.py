@@ -77,12 +77,19 @@ class Claim:
             self._file = open(self.path, "x+")  # noqa: SIM115  (open for as long as the claim lasts: its inode is ours)
         except FileExistsError:
             raise Claimed(describe(self.path)) from None
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _lock(self._file)} | self.note
-        self._file.write(json.dumps(who | {"since": os.fstat(self._file.fileno()).st_mtime}))
-        self._file.flush()
+        try:
+            self._write()
+        except OSError:  # a full disk: nobody is to wait for this claim
+            self._withdraw()
+            raise
         if newest(self.folder, self.id) != self.path:  # made while a higher generation was being withdrawn
             self._withdraw()
             raise Claimed(describe(self.path))
+
+    def _write(self) -> None:
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _lock(self._file)} | self.note
+        self._file.write(json.dumps(who | {"since": os.fstat(self._file.fileno()).st_mtime}))
+        self._file.flush()
 
     def _take_over(self, before: Path) -> None:
         """Make the next generation; step back unless what it follows still is the claim that was found stale."""
@@ -105,7 +112,8 @@ class Claim:
     def _withdraw(self) -> None:
         if _same(self.path, self._file):
             self.path.unlink(missing_ok=True)
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take
+            self._file.close()
 
     def _beat(self) -> None:
         while not self._released.wait(self.lease / BEATS):

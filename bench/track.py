@@ -114,7 +114,13 @@ def _init(mode: str, folder: Path, **what: Any) -> Any:
 
     folder.mkdir(parents=True, exist_ok=True)  # W&B falls back to a temporary folder where there is none
     settings = wandb.Settings(
-        init_timeout=TIMEOUT, silent=True, console="off", disable_code=True, disable_git=True, x_disable_stats=True
+        init_timeout=TIMEOUT,
+        silent=True,
+        console="off",
+        disable_code=True,
+        disable_git=True,
+        x_disable_stats=True,
+        x_save_requirements=False,
     )
     return wandb.init(mode=mode, dir=str(folder), reinit="create_new", settings=settings, **what)  # type: ignore[arg-type]
 
