@@ -61,9 +61,14 @@ def chosen(rows: pd.DataFrame) -> pd.DataFrame:
     return ranked.sort_values("val", ascending=False, kind="stable").drop_duplicates("method").sort_index()
 
 
+def _sets(table: pd.DataFrame) -> Any:
+    """((task, model, view), rows) of each set of rows that may be compared."""
+    return table.groupby(["task", "model", "view"], sort=False)
+
+
 def picked(table: pd.DataFrame) -> pd.Series:
     """Whether a row is the one of its method in its task, model and view, as `chosen` says."""
-    parts = [chosen(rows).index for _, rows in table.groupby(["task", "model", "view"], sort=False)]
+    parts = [chosen(rows).index for _, rows in _sets(table)]
     return pd.Series(table.index.isin(np.concatenate(parts)), index=table.index)
 
 
@@ -73,7 +78,7 @@ def matrices(table: pd.DataFrame, runs: dict[str, Run]) -> list[dict[str, Any]]:
     table: of `summarise`, with `view`. runs: id -> run.
     """
     found = []
-    for (task, model, view), rows in table.groupby(["task", "model", "view"], sort=False):
+    for (task, model, view), rows in _sets(table):
         rows = rows[rows["picked"]].sort_values("score", ascending=False)
         if len(rows) < 2:
             continue
@@ -118,7 +123,7 @@ def _overview(part: pd.DataFrame) -> dict[str, Any]:
     except (Mixed, ValueError) as error:
         return facts | {"reason": str(error)}
     p = ranks.wilcoxon_pairs(scores).loc[diagram["method"], diagram["method"]].to_numpy()
-    about = {"names": diagram["method"].tolist(), "ranks": [number(r, 4) for r in diagram["mean_rank"]]}
+    about: dict[str, Any] = {"names": diagram["method"].tolist(), "ranks": [number(r, 4) for r in diagram["mean_rank"]]}
     about |= {"bars": diagram.attrs["bars"], "cd": number(diagram.attrs["cd"], 4)}
     pairs = [[i, j, None, number(p[i, j], 3), "tasks"] for i in range(len(p)) for j in range(i + 1, len(p))]
     return facts | about | {"friedman": number(diagram.attrs["friedman_p"], 3), "pairs": pairs}
@@ -127,7 +132,7 @@ def _overview(part: pd.DataFrame) -> dict[str, Any]:
 def budgets(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Best-at-n curves of the methods with several settings in a view: [n, expected test score, low, high] each."""
     found = []
-    for (task, model, view), rows in table.groupby(["task", "model", "view"], sort=False):
+    for (task, model, view), rows in _sets(table):
         tried = chosen_by(rows)
         if tried["method"].duplicated().any() and tried["val"].notna().any():
             lines = tuning.curve(tried[tried.groupby("method")["val"].transform("count") > 1], draws=200)

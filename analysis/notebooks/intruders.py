@@ -84,7 +84,7 @@ for value in ("intruders", "share"):
 
 # %%
 table = changed[most]
-row = table.loc[table[table["changed"]]["cos_left"].map(min).idxmin()]
+row = table[table["changed"]].sort_values("cos_left", key=lambda column: column.map(min)).iloc[0]
 spectra_plots.singular_values(row)
 plt.show()
 print(f"{most}, {row['name']}: the lowest |cosine| of a leading vector is {min(row['cos_left']):.3f}")
