@@ -155,7 +155,7 @@ def of_records(
 
     def body(path: Path, record: Record, config: Config, ready: Prepared) -> str:
         table = sweep(ready, config, lambdas, **choices)
-        table.insert(0, "run", record.id)
+        table = table.assign(run=record.id, task=record.task)
         write(table, path / "causal.parquet")
         return text(table)
 

@@ -28,6 +28,8 @@ def lambdas(table: pd.DataFrame, ax: Axes | None = None, *, value: str = "score"
     ax.axvline(1, color="0.6", lw=0.8, ls="--", zorder=0)
     ax.axhline(0, color="0.6", lw=0.8, zorder=0)
     ax.set(xlabel="Factor λ on one singular vector of each matrix", ylabel=f"Change of {value} against λ = 1")
+    if "task" in table:
+        ax.set_title(", ".join(dict.fromkeys(table["task"])), fontsize=11)
     ax.legend(fontsize=8, frameon=False)
     return ax
 

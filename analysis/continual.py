@@ -44,11 +44,16 @@ def chain(tasks: Sequence[str], overrides: Sequence[str], results: Path) -> pd.D
             record = _run(config)
             folder, total = _merged(results / record.id, first)
             done.append(task)
-            about |= {"record": record.id, "intruders": record.spectra["intruders"], "intruders_total": total}
+            about |= {
+                "trained": record.task,
+                "record": record.id,
+                "intruders": record.spectra["intruders"],
+                "intruders_total": total,
+            }
         for other in tasks:
             found = _run(_config(other, _probing(overrides), results, folder, done))
             val = found.metrics[f"val/{found.metric}"]
-            rows.append(about | {"task": other, "metric": found.metric, "score": found.score, "val": val})
+            rows.append(about | {"task": found.task, "metric": found.metric, "score": found.score, "val": val})
     return pd.DataFrame(rows)
 
 

@@ -153,6 +153,7 @@ def test_command_of_the_sweep(tmp_path, capsys):
     table = pd.read_parquet(tmp_path / record.id / "causal.parquet")
     val = record.metrics["val/accuracy"]
     assert table.loc[table["lambda"] == 1, "score"].tolist() == [val, val] and set(table["split"]) == {"val"}
+    assert set(table["task"]) == {"rte (stand-in)"} and lambdas(table).get_title() == "rte (stand-in)"
     assert main(["causal", str(tmp_path), "--lambdas", "a"]) == 2
 
 
@@ -180,6 +181,7 @@ def test_a_chain_of_two_tasks(tmp_path):
     overrides = ["model=random_bert", "method=lora", *LARGE, *TINY[1:]]
     table = chain(["rte", "cola"], overrides, tmp_path)
     assert table["stage"].tolist() == [0, 0, 1, 1, 2, 2] and table["score"].notna().all()
+    assert set(table["task"]) == set(table["trained"].dropna()) == {"rte (stand-in)", "cola (stand-in)"}
     last = table[table["stage"] == 2].iloc[0]
     records = [json.loads(p.read_text()) for p in tmp_path.glob("*/record.json")]
     assert len(records) == 8 and {r["method"] for r in records} == {"lora", "linear_probe"}
