@@ -35,6 +35,7 @@ class Ladder(Added):
             rotary = getattr(stack, "rotary_emb", None)
             self.rotary = None if rotary is None else type(rotary)(config)
             self.norm = None if norm is None else narrow_norm(norm, width)
+        module: Any
         for module in self.blocks.modules():  # keys and values are cached behind those of the backbone
             if getattr(module, "layer_idx", None) is not None:
                 module.layer_idx += len(layers)
