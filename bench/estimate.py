@@ -38,20 +38,20 @@ class Cost:
 
 def cost(config: Config) -> Cost:
     """Count one run. Raises Unsupported where it would be skipped, UnknownShape where the model's size is not known."""
-    from bench.model import counts
+    from bench.shapes import UnknownShape
 
-    task, train, method = config.task, config.train, config.method
+    task, train = config.task, config.train
     rows = row_counts(task)
+    if not rows["train"] and train.steps is None:
+        raise UnknownShape("how many rows the training data have is not published: give train.steps")
     steps = (
         train.steps
         if train.steps is not None
         else max(1, round((train.epochs or 0) * math.ceil(rows["train"] / train.batch_size)))
     )
-    model, head = _applied(config)
-    kept = counts(model, head)
     micro = -(-train.batch_size // train.accumulate)
     mean, longest = lengths(config)
-    one = _probe(model, config, micro, mean)
+    one = _counted(config, micro, mean, longest)
     evaluations = (
         (steps // train.eval_every if train.eval_every else max(1, math.ceil(train.epochs or 1))) if steps else 1
     )
@@ -59,15 +59,32 @@ def cost(config: Config) -> Cost:
     forward = one["forward"] / micro
     new = task.max_new_tokens if task.phase == "generation" else 0
     generated = forward / mean * new  # with a cache: a forward of one token each
-    peak = _probe(model, config, micro, longest)["activations"] if longest > mean else one["activations"]
     return Cost(
         steps=steps,
         train=float(steps * train.accumulate * one["train_step"]),
         evaluate=scored * (forward + generated),
-        trained=kept["trained_params"],
-        memory=_bytes(model, method.backward) + peak,
-        disk=kept["stored_bytes"] * config.save_state + ROW_BYTES * (rows["val"] + rows["test"]),
+        trained=one["trained"],
+        memory=one["memory"],
+        disk=one["stored"] * config.save_state + ROW_BYTES * (rows["val"] + rows["test"]),
     )
+
+
+_known: dict[str, dict[str, int]] = {}  # data sets of one kind differ in their rows alone
+
+
+def _counted(config: Config, rows: int, tokens: int, longest: int) -> dict[str, int]:
+    """What the shape of the model says: FLOPs of a micro-batch, parameters, bytes at the longest rows."""
+    from bench.model import counts
+
+    task = config.task
+    key = repr((config.method, config.model, task.model_class, task.options(), rows, tokens, longest))
+    if key not in _known:
+        model, head = _applied(config)
+        kept, one = counts(model, head), _probe(model, config, rows, tokens)
+        peak = one if longest <= tokens else _probe(model, config, rows, longest)
+        memory = _bytes(model, config.method.backward) + peak["activations"]
+        _known[key] = one | {"trained": kept["trained_params"], "stored": kept["stored_bytes"], "memory": memory}
+    return _known[key]
 
 
 @cache
@@ -85,6 +102,8 @@ def row_counts(task: Task) -> dict[str, int]:
         found = _sizes(task.protocol, tuple(task.splits.items()), tuple(task.sizes.items()), task.holdout)
     else:
         found = {k: len(v) for k, v in task.load(DataConfig()).splits.items()}
+    if "train" in task.other:  # rows of another data set
+        found["train"] = (task.other["train"].sizes or {}).get("train", 0)
     limited = {k: min(n, task.limit.get(k) or n) for k, n in found.items()}
     if task.shots is not None:
         limited["train"] = min(limited["train"], task.shots * task.options().get("num_labels", 1))

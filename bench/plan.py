@@ -72,12 +72,16 @@ def cells(overrides: list[str]) -> Iterator[tuple[Config, int, float]]:
 
     import methods  # noqa: F401  (registers the groups)
 
+    parser = OverridesParser.create()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        fixed = [o for o in overrides if "," not in o.partition("=")[2]]
+        fixed = [
+            text
+            for text, o in zip(overrides, parser.parse_overrides(overrides), strict=True)
+            if not o.is_sweep_override()
+        ]
         sweeper = hydra.compose("config", overrides=fixed, return_hydra_config=True).hydra.sweeper
         every = [*(f"{k}={v}" for k, v in (sweeper.params or {}).items()), *overrides]
-        parsed = OverridesParser.create().parse_overrides(every)
-        jobs = BasicSweeper.split_arguments(parsed, None)[0]
+        jobs = BasicSweeper.split_arguments(parser.parse_overrides(every), None)[0]
         seeds: dict[tuple[str, ...], int] = {}
         for job in jobs:
             key = tuple(o for o in job if not o.startswith("seed="))
@@ -135,7 +139,7 @@ def calibrate(seconds: float = 2.0) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = dict(hidden_size=384, num_hidden_layers=2, num_attention_heads=6, intermediate_size=1536, vocab_size=1000)
     with torch.random.fork_rng():
-        model = transformers.BertForSequenceClassification(transformers.BertConfig(**shape)).to(device)  # type: ignore[arg-type]
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(**shape)).to(device).eval()  # type: ignore[arg-type]
     batch = {"input_ids": torch.ones(8, 64, dtype=torch.long), "labels": torch.zeros(8, dtype=torch.long)}
     batch = {k: v.to(device) for k, v in batch.items()}
     work = measure.probe(model, batch, lambda b: model(**b).loss)["train_step"]

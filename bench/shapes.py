@@ -77,7 +77,9 @@ def skeleton(cfg: ModelConfig, task: Task) -> nn.Module:
         setattr(config, key, value)
     if task.kind != "image" and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0
-    options = dict(dtype=getattr(torch, cfg.dtype), attn_implementation=cfg.attention)
+    options: dict[str, Any] = dict(dtype=getattr(torch, cfg.dtype))
+    if not cfg.path.startswith("random:"):  # these have what their architecture has
+        options["attn_implementation"] = cfg.attention
     with torch.device("meta"):
         model = getattr(transformers, task.model_class).from_config(config, **options)
     linear_conv1d(model)
@@ -91,7 +93,8 @@ def architecture(path: str) -> Any:
 
     kind, _, name = path.partition(":")
     if kind == "random":
-        return transformers.AutoConfig.for_model({"deberta": "deberta-v2"}.get(name, name), **RANDOM[name])
+        text = {} if name == "vit" else {"vocab_size": 384}
+        return transformers.AutoConfig.for_model({"deberta": "deberta-v2"}.get(name, name), **RANDOM[name], **text)
     if kind in ("embedded", "packaged"):
         from bench.embedded import materialise
         from bench.model import PACKAGED

@@ -1,0 +1,82 @@
+"""A plan counts what the runs then do: cells, steps, parameters, bytes, FLOPs; and says what will be skipped."""
+
+import re
+
+import pytest
+import torch
+
+from bench import plan as planning
+from bench.config import CONF, compose
+from bench.estimate import cost, row_counts
+from bench.run import run
+from bench.shapes import SHAPES, skeleton
+
+TINY = ["data=standin", "wandb=off", "train.epochs=null", "train.steps=4", "train.batch_size=8"]
+LIMITS = ["task.limit.train=32", "task.limit.val=16", "task.limit.test=24"]
+
+
+@pytest.mark.parametrize("path", sorted(SHAPES))
+def test_a_shape_has_the_parameters_that_its_model_file_says(path):
+    file = next(f for f in (CONF / "model").glob("*.yaml") if f"path: {path}\n" in f.read_text())
+    said, unit = re.search(r"([\d.]+)([MB]) parameters", file.read_text()).group(1, 2)
+    image = "kind: vision" in file.read_text()
+    config = compose([f"model={file.stem}", "task=vtab_dtd" if image else "task=rte"])
+    if config.model.path in ("google-t5/t5-base",):
+        config.task = compose(["task=gsm8k"]).task
+        config.task.model_class = "AutoModelForSeq2SeqLM"
+    total = sum(p.numel() for p in skeleton(config.model, config.task).parameters())
+    assert total == pytest.approx(float(said) * {"M": 1e6, "B": 1e9}[unit], rel=0.015)
+
+
+@pytest.mark.parametrize("method", ("lora", "bitfit", "full_ft"))
+@pytest.mark.parametrize("model, task", (("random_bert", "rte"), ("random_vit", "digits")))
+def test_an_estimate_is_what_the_run_records(tmp_path, method, model, task):
+    config = compose([f"method={method}", f"model={model}", f"task={task}", *TINY, *LIMITS, f"results={tmp_path}"])
+    planned, record = cost(config), run(config)
+    assert record.status == "ok", record.reason
+    assert planned.steps == record.steps and planned.trained == record.trained_params
+    assert sum(row_counts(config.task).values()) == sum(record.data["rows"].values()) == 32 + 16 + 24
+    kinds = ("weights", "gradients", "optimizer")
+    real = sum(record.memory[k] for k in kinds)
+    counted = cost(compose([f"method={method}", f"model={model}", f"task={task}", *TINY, *LIMITS])).memory
+    assert counted > real  # activations on top
+    if task == "digits":  # images have no length to be guessed
+        assert counted == pytest.approx(record.memory["peak"], rel=0.05)
+        assert planned.train == pytest.approx(record.flops["total_train"], rel=0.05)
+
+
+def test_a_grid_is_counted_cell_by_cell_and_says_what_is_skipped():
+    lines = list(planning.plan(["method=lora,vpt_deep", "model=random_bert", "task=rte", "seed=0,1,2", *TINY]))
+    assert [(x.method, x.runs, x.trainings) for x in lines] == [("lora", 3, 3.0), ("vpt_deep", 3, 3.0)]
+    assert not lines[0].cost.note and lines[1].cost.note.startswith("skipped: visual prompts")
+    text = planning.table(lines, {"fp32": 1e9})
+    assert "skipped: visual prompts" in text and text.splitlines()[-1].split()[:2] == ["all", "3"]
+
+
+def test_tuning_counts_its_trials_rungs_and_tested_seeds():
+    options = ["hydra.sweeper.trials=8", "hydra.sweeper.rungs=2", "hydra.sweeper.final_seeds=[1,2,3]"]
+    lines = list(planning.plan(["experiment=tune_brief", "model=random_bert", "task=rte", *TINY, *options]))
+    assert [x.method for x in lines] == ["bitfit", "lora", "ia3"]
+    assert {x.runs for x in lines} == {8 + 4 + 3} and {x.trainings for x in lines} == {8 / 2 + 4 + 3}
+
+
+def test_hours_are_flops_over_the_rate_and_what_is_too_large_is_marked():
+    (line,) = planning.plan(["method=lora", "model=random_bert", "task=rte", "seed=0", *TINY])
+    hours = line.cost.flops / 1e6 / 3600
+    text = planning.table([line], {"fp32": 1e6}, limit=1e-6)
+    assert f"{hours:.2f}" in text and "out of memory?" in text
+
+
+def test_the_calibration_measures_this_machine():
+    planning.calibrate.cache_clear()
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    assert 1e6 < planning.calibrate(seconds=0.1) < 1e16
+    assert torch.equal(state, torch.get_rng_state())
+    planning.calibrate.cache_clear()
+
+
+def test_rows_follow_the_published_sizes_and_the_protocol():
+    assert row_counts(compose(["task=vtab_dtd"]).task) == {"train": 800, "val": 200, "test": 1880}
+    assert row_counts(compose(["task=rte"]).task)["train"] == 2490
+    assert row_counts(compose(["task=mnli", "task.limit.train=100"]).task)["train"] == 100
