@@ -9,11 +9,20 @@ import re
 from bench.config import CONF, Config, DataConfig, ModelConfig, TrainConfig
 from methods import METHODS
 
+EXTRAS = {
+    "joblib": "joblib",
+    "submitit_slurm": "slurm",
+    "submitit_local": "slurm",
+    "ray": "ray",
+}  # launchers of plug-ins
 GROUPS = ("method", "model", "task", "data", "experiment")
 
 
 def suggest(message: str, arguments: list[str]) -> str:
     """A sentence with the nearest options to what `message`, an error of Hydra's, complains about; else an empty string."""
+    if found := re.search(r"Could not load 'hydra/launcher/(\w+)'", message):
+        extra = EXTRAS.get(found[1])
+        return f"This launcher needs a plug-in: pip install 'paretune[{extra}]'" if extra else ""
     if found := re.search(r"Could not find '(\w+)/([\w-]+)'", message):
         group, wrong = found.groups()
         return _nearest(f"{group}=", wrong, options(group))
