@@ -182,6 +182,6 @@ def text(table: pd.DataFrame) -> str:
     about = table.attrs
     lines = [f"{about['metric']} on {about['split']}, {table['matrices'].iloc[0]} matrices with an intruder"]
     wide = table.pivot(index="lambda", columns="vector", values=["score", "forgetting"])
-    wide.columns = [f"{name} {vector}" for name, vector in wide.columns]
+    wide.columns = wide.columns.map(" ".join)
     lines.append(wide.dropna(axis=1, how="all").to_string(float_format=lambda x: f"{x:.4f}"))
     return "\n".join([*lines, f"forgetting not measured: {about['reason']}"] if about["reason"] else lines)

@@ -51,7 +51,7 @@ def against(
         ax.scatter(part[x], part[y], color=colour, marker=mark, s=30, alpha=0.8, label=str(name), linewidths=0)
     if x.endswith("rank"):
         ax.set_xscale("log", base=2)
-    rho = found[[x, y]].corr("spearman").iloc[0, 1]
+    rho = float(found[x].corr(found[y], method="spearman"))
     title = f"Spearman {rho:.2f}" if np.isfinite(rho) else "no correlation: one of the two is constant"
     ax.set_title(f"{title}, {len(found)} runs", fontsize=11)
     ax.set(xlabel=_words(x), ylabel=_words(y))
@@ -63,8 +63,8 @@ def dynamics(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Intruders over optimizer steps, a line per run (`analysis.dynamics.births`, with a column `run` where several)."""
     ax = axes(ax, 5.8, 3.8)
     for i, (name, part) in enumerate((table if "run" in table else table.assign(run="")).groupby("run", sort=False)):
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)], "ms": 5, "lw": 1.5}
-        ax.plot(part["step"], part["intruders"], label=str(name), **style)
+        colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+        ax.plot(part["step"], part["intruders"], color=colour, marker=mark, ms=5, lw=1.5, label=str(name))
     ax.set(xlabel="Optimizer step", ylabel="Intruder dimensions")
     ax.set_ylim(bottom=0)
     if ax.get_legend_handles_labels()[1] != [""]:

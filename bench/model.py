@@ -91,8 +91,8 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """The (out, in) weight each linear layer acts with, named as in the pretrained model; absent where there is none."""
-    layers = acting(model).items()
-    found = {n: m.weight() if isinstance(m, Adapted) else m.weight for n, m in layers}  # type: ignore[operator]
+    layers: dict[str, Any] = acting(model)
+    found = {n: m.weight() if isinstance(m, Adapted) else m.weight for n, m in layers.items()}
     return {n: w.detach() for n, w in found.items() if w is not None and w.dim() == 2}
 
 
