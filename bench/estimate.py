@@ -118,7 +118,17 @@ def lengths(config: Config) -> tuple[int, int]:
     return min(longest, _mean_tokens(config)), longest
 
 
+_lengths: dict[str, int] = {}  # of a task's rows, which take a while to be looked for
+
+
 def _mean_tokens(config: Config) -> int:
+    key = repr((config.task, config.data.root))
+    if key not in _lengths:
+        _lengths[key] = _measured_tokens(config)
+    return _lengths[key]
+
+
+def _measured_tokens(config: Config) -> int:
     from tasks.data import DataConfig, MissingData
 
     try:
