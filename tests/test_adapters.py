@@ -218,11 +218,18 @@ def test_lst_agrees_with_a_side_network_written_out(kind):
     other, matched = ladder_by_hand(ours, kind)
     assert {id(p) for p in matched} == {id(p) for p in ours.parameters() if p.requires_grad}
     batch, tolerance = doubled(kind), {"rtol": 1e-5, "atol": 1e-6} if kind == "llama" else TOLERANCE
-    torch.testing.assert_close(logits(ours, batch), logits(other, batch), **tolerance)  # rotary angles are in float32
-    for model in (ours, other):
-        model.train()(**batch).loss.backward()
-    for p, q in matched.items():
-        torch.testing.assert_close(p.grad, q.grad, **tolerance)
+    optimizers = [torch.optim.SGD(ps, 0.1) for ps in (list(matched), list(matched.values()))]
+    for _ in range(3):
+        torch.testing.assert_close(
+            logits(ours, batch), logits(other, batch), **tolerance
+        )  # rotary angles are in float32
+        for model, optimizer in zip((ours, other), optimizers, strict=True):
+            optimizer.zero_grad()
+            model.train()(**batch).loss.backward()
+        for p, q in matched.items():
+            torch.testing.assert_close(p.grad, q.grad, **tolerance)
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 def t5_side(ladder, stack: nn.Module, mask: torch.Tensor, below: torch.Tensor | None, *inputs, **named) -> torch.Tensor:

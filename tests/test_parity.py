@@ -91,17 +91,25 @@ def test_prefix_agrees_with_peft(kind, hidden):
     copy_prefix(prefixes, encoder, hidden)
     batch = {n: t[1:] for n, t in batch_of(kind).items()}  # without padding, so that positions are one range
     moved = batch | {"position_ids": torch.arange(5, 15)[None].expand(7, -1)}
-    for model, inputs in ((ours, moved), (other, batch)):
-        model.train()(**inputs).loss.backward()
-    torch.testing.assert_close(logits(ours, moved), logits(other, batch), **TOLERANCE)
+    sides = [(m, torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2)) for m in (ours, other)]
+    for _ in range(3):
+        for (model, optimizer), inputs in zip(sides, (moved, batch), strict=True):
+            optimizer.zero_grad()
+            model.train()(**inputs).loss.backward()
+        torch.testing.assert_close(logits(ours, moved), logits(other, batch), **TOLERANCE)
+        same_prefix_gradients(prefixes, encoder, hidden)
+        for _, optimizer in sides:
+            optimizer.step()
+
+
+def same_prefix_gradients(prefixes, encoder, hidden) -> None:
     if hidden is None:
         flat = torch.stack([p.values.grad for p in prefixes])  # layer, key or value, head, token, size
         torch.testing.assert_close(flat.permute(3, 0, 1, 2, 4).flatten(1), encoder.embedding.weight.grad, **TOLERANCE)
-    else:
-        trunk = prefixes[0].trunk
-        torch.testing.assert_close(trunk.tokens.grad, encoder.embedding.weight.grad, **TOLERANCE)
-        second = torch.cat([p.second.grad for p in prefixes])
-        torch.testing.assert_close(second, encoder.transform[2].weight.grad, **TOLERANCE)
+        return
+    torch.testing.assert_close(prefixes[0].trunk.tokens.grad, encoder.embedding.weight.grad, **TOLERANCE)
+    second = torch.cat([p.second.grad for p in prefixes])
+    torch.testing.assert_close(second, encoder.transform[2].weight.grad, **TOLERANCE)
 
 
 @torch.no_grad()
