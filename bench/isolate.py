@@ -122,12 +122,23 @@ def share_of_gpu(config: Config, *, poll: float = 0.5) -> Iterator[Slot]:
     places = [(device, k) for k in range(config.cells_per_gpu) for device in devices]
     while places:
         for device, k in places:
-            with open(_folder() / f"{device}.{k}".replace("/", "_"), "w") as file, suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield Slot({"CUDA_VISIBLE_DEVICES": device}, file)
+            if file := _locked(_folder() / f"{device}.{k}".replace("/", "_")):
+                with file:
+                    yield Slot({"CUDA_VISIBLE_DEVICES": device}, file)
                 return
         time.sleep(poll)
     yield Slot()
+
+
+def _locked(path: Path) -> IO[str] | None:
+    """The file, locked until the last process that has it open closes it; None where another holds the lock."""
+    file = open(path, "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        file.close()
+        return None
 
 
 def gpus() -> list[str]:

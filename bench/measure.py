@@ -155,3 +155,8 @@ def peaks(phases: Phases) -> dict[str, int | None]:
         return {"peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     named = {f"peak_{name}": phases.peaks.get(name) for name in ("train", "eval", "generation", "setup")}
     return {**named, "peak": max((p for p in named.values() if p is not None), default=None)}
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the GPU's or the machine's memory is used up."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

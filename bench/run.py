@@ -7,8 +7,6 @@ import json
 import logging
 import shutil
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +103,7 @@ def _statuses(record: Record, body: Any) -> None:
     except Exception as error:
         record.reason, record.traceback = _sentence(error), traceback.format_exc()
         diverged = isinstance(error, (Diverged, FloatingPointError))
-        record.status = "oom" if _out_of_memory(error) else "diverged" if diverged else "failed"
+        record.status = "oom" if measure.out_of_memory(error) else "diverged" if diverged else "failed"
     if record.status == "oom":  # free what the failed run holds before the next one starts
         torch.cuda.empty_cache() if torch.cuda.is_available() else None
 
@@ -115,7 +113,7 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Tracker, stop: Sto
     device = find_device(config)
     record.environment = measure.environment(device)
     costs = Costs(device)
-    with _peaks_of_failure(record, costs.phases):
+    with costs.peak_of_failure(record):
         with costs.phases("setup"):
             ready = prepare(config, rows, device)
             batches = ready.train_batches(config)
@@ -148,21 +146,6 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Tracker, stop: Sto
 
             record.forgetting = forgetting.of_run(ready.model, config)
         session.checkpoint.unlink(missing_ok=True)
-
-
-@contextmanager
-def _peaks_of_failure(record: Record, phases: measure.Phases) -> Iterator[None]:
-    """Leave in the record how much memory was in use where the block runs out of it."""
-    try:
-        yield
-    except Exception as error:
-        if _out_of_memory(error):
-            record.memory = measure.peaks(phases)
-        raise
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def save_results(folder: Path, predictions: dict[str, pd.DataFrame], ready: Prepared, config: Config) -> None:

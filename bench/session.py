@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +42,16 @@ class Costs:
         parts: tuple[Any, ...] = (self.phases, self.steps, self.energy)
         for part, values in zip(parts, state, strict=True):
             part.load_state(values)
+
+    @contextmanager
+    def peak_of_failure(self, record: Record) -> Iterator[None]:
+        """Leave in the record how much memory was in use where the block runs out of it."""
+        try:
+            yield
+        except Exception as error:
+            if measure.out_of_memory(error):
+                record.memory = measure.peaks(self.phases)
+            raise
 
 
 @dataclass
