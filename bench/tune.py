@@ -71,8 +71,12 @@ class Cell:
 class Tuner(Sweeper):
     """Rounds of one trial per cell; then halving, selection, and the tested runs."""
 
+    config: Any  # these two: set by Hydra
+    launcher: Any
+
     def __init__(self, **conf: Any):
-        self.conf = TuneConf(**{k: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in conf.items()})
+        plain: dict[str, Any] = {k: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in conf.items()}
+        self.conf = TuneConf(**plain)
         if self.conf.sampler not in SAMPLERS:
             raise ValueError(f"hydra.sweeper.sampler={self.conf.sampler!r}: the options are {', '.join(SAMPLERS)}")
         if self.conf.seed in self.conf.final_seeds:
@@ -148,7 +152,7 @@ class Tuner(Sweeper):
         return [
             *cell.overrides,
             "~best",
-            *_texts(values),
+            *[f"{k}={v}" for k, v in values.items()],
             "test=locked",
             f"seed={self.conf.seed}",
             f"results='{where}'",
@@ -156,7 +160,14 @@ class Tuner(Sweeper):
 
     def _final(self, cell: Cell, best: Trial, seed: int) -> list[str]:
         results = f"results='{self.config.results}'"
-        return [*cell.overrides, "~best", *_texts(best.values), "test=selected", f"seed={seed}", results]
+        return [
+            *cell.overrides,
+            "~best",
+            *[f"{k}={v}" for k, v in best.values.items()],
+            "test=selected",
+            f"seed={seed}",
+            results,
+        ]
 
     def _records(self, jobs: list[list[str]]) -> list[Record]:
         """Run jobs and wait for those that another worker computes; a signal ends the sweep with exit code 130."""
@@ -237,10 +248,6 @@ def _wait(folders: list[Path], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and not all((f / "record.json").exists() for f in folders):
         time.sleep(1.0)
-
-
-def _texts(values: dict[str, Any]) -> list[str]:
-    return [f"{key}={'null' if value is None else value}" for key, value in values.items()]
 
 
 def _best_folder(folder: str | None) -> Path:
