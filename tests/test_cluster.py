@@ -111,16 +111,20 @@ def numbers(folder):
     return {r.id: (r.status, r.score, r.metrics, r.history, r.selected_step) for r in records}
 
 
+def begun(process, folder):
+    """Whether a run has a checkpoint; the sweep must still be waiting for it."""
+    assert process.poll() is None, process.communicate()[0]
+    return any(folder.glob("*/checkpoint.safetensors"))
+
+
 @pytest.mark.parametrize("how", ["warned of the time limit", "preempted"])
 def test_an_array_that_is_disturbed_ends_as_the_undisturbed_sweep(tmp_path, cluster, how):
     plain = sweep(tmp_path / "plain", cluster)
     disturbed = sweep(tmp_path / "slurm", cluster, *SLURM)
-    checkpoints = wait_for(
-        lambda: list((tmp_path / "slurm").glob("*/checkpoint.safetensors")), 240, lambda: disturbed.poll()
-    )
+    wait_for(lambda: begun(disturbed, tmp_path / "slurm"), 240, "no job wrote a checkpoint")
     running = ["squeue", "-h", "-r", "-t", "R", "-o", "%i"]
     jobs = subprocess.run(running, env=cluster, capture_output=True, text=True, check=True).stdout.split()
-    assert jobs and checkpoints
+    assert jobs
     for job in jobs:
         action = ["scancel", "--signal=USR2"] if how.startswith("warned") else ["scontrol", "requeue"]
         subprocess.run([*action, job], env=cluster, check=True, timeout=60)
