@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,20 @@ if TYPE_CHECKING:
 
 class Locked(Exception):
     """The test split of this run may not be read; the message says what is missing."""
+
+
+@dataclass
+class Trial:
+    """One point of a cell's space and what came of it."""
+
+    values: dict[str, Any]
+    record: Record | None = None
+
+    @property
+    def val(self) -> float | None:
+        """The headline score on val at the selected checkpoint; None where the run did not end well."""
+        r = self.record
+        return r.metrics.get(f"val/{r.metric}") if r is not None and r.status == "ok" else None
 
 
 def cell_name(choices: Any) -> str:

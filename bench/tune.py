@@ -20,7 +20,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
 from bench.record import Record, write_atomically
-from bench.selection import best_file, cell_name, trials_folder, write
+from bench.selection import Trial, best_file, cell_name, trials_folder, write
 
 log = logging.getLogger("bench")
 SAMPLERS = ("sobol", "random", "optuna")
@@ -41,20 +41,6 @@ class TuneConf:
     factor: int = 2  # and train this many times longer; the last rung trains in full
     space: dict[str, Any] = field(default_factory=dict)  # further values that are searched for every method
     best: str | None = None  # folder for the winners' files; null: conf/best
-
-
-@dataclass
-class Trial:
-    """One point of a cell's space and what came of it."""
-
-    values: dict[str, Any]
-    record: Record | None = None
-
-    @property
-    def val(self) -> float | None:
-        """The headline score on val at the selected checkpoint; None where the run did not end well."""
-        r = self.record
-        return r.metrics.get(f"val/{r.metric}") if r is not None and r.status == "ok" else None
 
 
 @dataclass
