@@ -53,11 +53,13 @@ class TrainConfig:
     buckets: int = 50  # batches that are sorted by length together; 1: none
     checkpoint_seconds: float | None = 120.0  # a killed run continues from here; null: no checkpoints
     deterministic: bool = True
+    features: str = "off"  # auto: what frozen blocks make of a row is computed once and kept: bench/features.py
 
     def __post_init__(self) -> None:
         choose("train.schedule", self.schedule, SCHEDULES)
         choose("train.precision", self.precision, PRECISIONS)
         choose("train.select", self.select, ("best", "last"))
+        choose("train.features", self.features, ("off", "auto"))
         if self.steps is None and self.epochs is None:
             raise ValueError("train.steps and train.epochs are both null: give one of them")
         for name in ("batch_size", "accumulate", "eval_batch_size", "buckets"):

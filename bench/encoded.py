@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
+    from bench.features import Features
     from methods.base import Batch
     from tasks import Rows, Task
 
@@ -26,12 +27,13 @@ UNBOUNDED = 10**9  # tokens
 class Encoded:
     """Rows of one split as model inputs, each a dict of lists and numbers (of an image: an array).
 
-    `key` names the encoded rows in the cache; without one they are encoded in this process and kept in memory.
+    `key` names the rows as they are encoded: in the cache, where they are text; without one they are encoded in this process and kept in memory.
     """
 
     def __init__(self, rows: Dataset, task: Task, processor: Any, key: str | None = None):
         self.rows, self.task, self.processor, self.key = rows, task, processor, key
         self.text = task.kind != "image"
+        self.features: Features | None = None  # that batches carry; see `features.py`
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -39,7 +41,7 @@ class Encoded:
     def __getitem__(self, i: int) -> dict[str, Any]:
         if self.text:
             return {name: value(i) for name, value in self._columns.items()}
-        return self.task.encode(self.rows[i], self.processor)
+        return self.task.encode(self.rows[i], self.processor) if self.features is None else self.features.row(i)
 
     def length(self, i: int) -> int:
         """Tokens of row `i`; 0 for images, which all have the same size."""
@@ -47,7 +49,8 @@ class Encoded:
 
     def batch(self, indices: list[int]) -> Batch:
         """The rows `indices` as one padded batch of tensors."""
-        return self.task.collate([self[i] for i in indices], self.processor)
+        batch = self.task.collate([self[i] for i in indices], self.processor)
+        return batch if self.features is None else batch | {"features": self.features.batch(indices)}
 
     @property
     def truncated(self) -> int:
@@ -72,14 +75,12 @@ class Encoded:
 
 def encode_splits(rows: Rows, task: Task, processor: Any) -> dict[str, Encoded]:
     """Each split of `rows`, its text shared through the cache."""
-    what, text = rows.source["fingerprints"], task.kind != "image"
-    tokenizer = fingerprint(processor) if text else ""
-    encoded = {}
-    for split, part in rows.splits.items():
-        owner = task.task_of(split)
-        key = f"{recipe(owner, tokenizer)}-{what[split]}" if text else None
-        encoded[split] = Encoded(part, owner, processor, key)
-    return encoded
+    what, how = rows.source["fingerprints"], fingerprint(processor)
+    owners = {split: task.task_of(split) for split in rows.splits}
+    return {
+        split: Encoded(part, owners[split], processor, f"{recipe(owners[split], how)}-{what[split]}")
+        for split, part in rows.splits.items()
+    }
 
 
 def encode_rows(rows: Dataset, task: Task, processor: Any) -> pa.Table:

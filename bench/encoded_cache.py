@@ -61,24 +61,39 @@ def capacity() -> int:
 
 
 def shared(key: str, encode: Callable[[], pa.Table]) -> pa.Table:
-    """The table called `key`: out of the cache, or encoded now and put there. Only one process at a time encodes it."""
+    """The table called `key`: out of the cache, or encoded now and put there; encoded alone where nothing can be kept."""
+    made: list[pa.Table] = []
+
+    def chunks() -> pa.RecordBatchReader:
+        made.append(encode())
+        return made[0].to_reader()
+
+    found = stored(key, chunks)
+    return found if found is not None else made[0] if made else encode()
+
+
+def stored(key: str, chunks: Callable[[], pa.RecordBatchReader]) -> pa.Table | None:
+    """The table called `key`: out of the cache, or put there now from `chunks`, which are never all in memory.
+
+    Only one process at a time makes it. None where nothing can be kept.
+    """
     if not capacity():
-        return encode()
+        return None
     path = folder() / f"{key}.arrow"
     if (found := _read(path)) is not None:
         return found
     with _alone(path):
         if (found := _read(path)) is not None:
             return found
-        table = encode()
+        reader = chunks()
         try:
-            _write(path, table)
+            _write(path, reader)
             _evict(path)
         except OSError as error:
-            log.warning("encoded rows cannot be kept in %s (%s): each run encodes them again; free space there, or set "
+            log.warning("rows cannot be kept in %s (%s): each run computes them again; free space there, or set "
                         "PARETUNE_CACHE to a folder that can be written", path.parent, error)  # fmt: skip
-            return table
-    return _read(path) or table
+            return None
+    return _read(path)
 
 
 def recipe(task: Task, tokenizer: str) -> str:
@@ -90,7 +105,7 @@ def recipe(task: Task, tokenizer: str) -> str:
         "tokenizer": tokenizer,
         "packages": {name: _version(name) for name in PACKAGES},
     }
-    return _digest(parts)
+    return digest(parts)
 
 
 def fingerprint(processor: Any) -> str:
@@ -99,13 +114,14 @@ def fingerprint(processor: Any) -> str:
     if (backend := getattr(processor, "backend_tokenizer", None)) is not None:
         content = json.loads(backend.to_str())
         left = ("truncation", "padding")  # by its last call
-        return _digest(settings | {"content": {k: v for k, v in content.items() if k not in left}})
+        return digest(settings | {"content": {k: v for k, v in content.items() if k not in left}})
     with tempfile.TemporaryDirectory() as saved:
         processor.save_pretrained(saved)
-        return _digest(settings | {"content": _content(Path(saved), "*")})
+        return digest(settings | {"content": _content(Path(saved), "*")})
 
 
-def _digest(parts: dict[str, Any]) -> str:
+def digest(parts: dict[str, Any]) -> str:
+    """16 hex digits of anything that JSON or `str` can write."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -133,7 +149,7 @@ def _read(path: Path) -> pa.Table | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        log.warning("%s: %s; its rows are encoded again", path, error)
+        log.warning("%s: %s; its rows are computed again", path, error)
         with contextlib.suppress(OSError):
             path.unlink()
         return None
@@ -155,12 +171,13 @@ def _opened(path: Path, size: int, mtime_ns: int) -> pa.Table:
     return pa.ipc.open_stream(body).read_all()
 
 
-def _write(path: Path, table: pa.Table) -> None:
+def _write(path: Path, chunks: pa.RecordBatchReader) -> None:
     import pyarrow as pa
 
     with replacing(path) as part:
-        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
-            stream.write_table(table)
+        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, chunks.schema) as stream:
+            for chunk in chunks:
+                stream.write_batch(chunk)
         with part.open("rb+") as file:
             checksum = hashlib.file_digest(file, "sha256").digest()
             file.write(checksum)

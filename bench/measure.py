@@ -6,13 +6,11 @@ counted by kind instead: exact, the same on every machine, and without what a ke
 
 from __future__ import annotations
 
-import random
 import resource
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -20,7 +18,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from bench.clock import Phases, StepTimer, times
 from bench.environment import Energy, environment
 from bench.flops import counting, flops
+from bench.prefix import train_mode
 from bench.storage import gradient_bytes, model_tensors, optimizer_bytes, storages, weight_bytes
+from bench.untouched import untouched
 
 __all__ = [
     "Energy",
@@ -37,6 +37,10 @@ __all__ = [
     "weight_bytes",
 ]
 Batch = dict[str, Tensor]
+CACHED = ("step", "step_samples", "train", "eval", "total")  # seconds that kept features make fewer
+
+if TYPE_CHECKING:
+    from bench.record import Record
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
@@ -74,7 +78,7 @@ def probe(model: nn.Module, batch: Batch, loss: Callable[[Batch], Tensor], *, ba
     trained = [p for p in model.parameters() if p.requires_grad]
     activations = 0
     with untouched(model):
-        model.train()
+        train_mode(model)
         with counting() as counter:
             if backward:
                 value, activations = _forward(model, lambda: loss(batch))
@@ -85,43 +89,6 @@ def probe(model: nn.Module, batch: Batch, loss: Callable[[Batch], Tensor], *, ba
             if backward:
                 torch.autograd.grad(value, trained, allow_unused=True)
         return {"train_step": int(counter.get_total_flops()), "forward": forward, "activations": activations}
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Put back, on leaving: gradients, buffers, attributes and modes of the model's modules, and all random states."""
-    gradients = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    modules = [(m, dict(vars(m))) for m in model.modules()]
-    containers = [(v, v.copy()) for _, a in modules for v in a.values() if type(v) in (dict, list, set)]
-    buffers = [(t, t.detach().clone()) for t in _plain_tensors(model)]
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    for p in model.parameters():
-        p.grad = None
-    try:
-        yield
-    finally:
-        for m, attributes in modules:
-            vars(m).clear()
-            vars(m).update(attributes)
-        for container, before in containers:  # `_buffers`, counters, caches: in place, since modules may share them
-            container.clear()
-            container.extend(before) if isinstance(container, list) else container.update(before)
-        with torch.no_grad():
-            for t, value in buffers:
-                t.copy_(value)
-        for p, grad, requires_grad in gradients:
-            p.requires_grad_(requires_grad).grad = grad
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        torch.cuda.set_rng_state_all(cuda)
-
-
-def _plain_tensors(model: nn.Module) -> list[Tensor]:
-    """Buffers, and tensors that modules hold as plain attributes."""
-    plain = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
-    return [*model.buffers(), *plain]
 
 
 def memory(
@@ -155,6 +122,22 @@ def peaks(phases: Phases) -> dict[str, int | None]:
         return {"peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     named = {f"peak_{name}": phases.peaks.get(name) for name in ("train", "eval", "generation", "setup")}
     return {**named, "peak": max((p for p in named.values() if p is not None), default=None)}
+
+
+def mark_cached(record: Record, phases: Phases) -> None:
+    """Where features were kept: move what that made cheaper out of the columns that tables and figures read, to `cached_...`.
+
+    What stays was taken without them: FLOPs, and bytes of weights, gradients, optimizer and activations. `time.features` are
+    the seconds it took to compute them, 0 where they were there.
+    """
+    record.time["features"] = phases.seconds.get("features")
+    if record.time["features"] is None:
+        return
+    peaks = ("peak", "peak_train", "peak_eval") if phases.device.type == "cuda" else ()
+    costs: Any = ((record.time, CACHED), (record.memory, peaks), (record.energy, tuple(record.energy)))
+    for values, names in costs:
+        for name in names:
+            values[f"cached_{name}"], values[name] = values.get(name), None
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from bench.batches import TrainBatches, eval_batches
 from bench.config import Config
 from bench.encoded import Encoded, encode_splits
 from bench.model import build
+from bench.prefix import Prefix, keep_evaluating
 from bench.train import Stop, autocast, to_device
 from methods.base import Batch, Method, Unsupported
 
@@ -37,6 +38,7 @@ class Prepared:
     head: set[int]  # ids of the head's parameters
     source: dict[str, Any]
     device: torch.device
+    prefix: Prefix | None = None  # what is frozen below all that is trained; it stays in evaluation mode
 
     def train_batches(self, config: Config) -> TrainBatches:
         """The training batches of this seed."""
@@ -80,6 +82,10 @@ def prepare(config: Config, rows: Rows, device: torch.device) -> Prepared:
         raise Unsupported(
             "nothing is trained: the method leaves every parameter frozen and the task brings no new head"
         )
+    if not config.method.untrained:
+        any_rows = ready.encoded["train"].batch(list(range(min(2, len(ready.encoded["train"])))))
+        ready.prefix = keep_evaluating(ready.model, to_device(any_rows, device))
+        ready.source["evaluation_mode"] = list(ready.prefix.below) if ready.prefix else []
     return ready
 
 

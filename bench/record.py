@@ -119,6 +119,8 @@ def identity(config: dict[str, Any], data: dict[str, Any]) -> str:
     if kept.get("test") == "open":  # as before the test split could be locked
         del kept["test"]
     kept["train"] = {k: v for k, v in config["train"].items() if k != "checkpoint_seconds"}
+    if kept["train"].get("features") == "off":  # as before features could be kept
+        del kept["train"]["features"]
     kept["task"] = {k: v for k, v in config["task"].items() if k not in TASK_FACTS}
     kept["data"] = {k: data.get(k) for k in ("standin", "fingerprints")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]

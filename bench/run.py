@@ -133,6 +133,7 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Tracker, stop: Sto
         record.steps, record.metric = loop.progress.step, ready.task.metric
         record.score = record.metrics.get(f"test/{ready.task.metric}")  # none while the test split is locked
         record.time, record.energy = measure.times(costs.phases, costs.steps), costs.energy.read()
+        measure.mark_cached(record, costs.phases)
         record.flops = _flops(cost, loop, batches, config)
         record.data["truncated"] = {split: encoded.truncated for split, encoded in ready.encoded.items()}
         stop.owned()

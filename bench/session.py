@@ -97,6 +97,10 @@ class Session:
         final = method.finishes  # the model changes shape: no checkpoint after that
         finished = False
         try:
+            if self.config.train.features == "auto" and loop.steps > batches.per_epoch:
+                from bench import features
+
+                record.data["features"] = features.use(self.ready, self.config, self.costs.phases, self.stop)
             with self.bar:
                 with self.costs.phases("train"):
                     timer = self.costs.steps

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bench.ledger import Claim, Claimed
 from bench.model import load_trained_state, trained_state
+from bench.prefix import train_mode
 
 if TYPE_CHECKING:
     from bench.batches import TrainBatches
@@ -67,7 +68,7 @@ class Loop:
     def step(self, parts: list[Batch]) -> float:
         """One optimizer step on the micro-batches `parts`; returns the loss."""
         parts = [to_device(part, self.device) for part in parts]
-        self.model.train()
+        train_mode(self.model)
         loss = float(self.optimizer.step(partial(self._closure, parts)))  # type: ignore[arg-type]
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {self.progress.step + 1} of {self.steps}; try a lower train.lr")

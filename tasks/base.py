@@ -62,6 +62,7 @@ class Task:
 
     kind: ClassVar[str]
     phase: ClassVar[str] = "eval"  # what an evaluation's seconds and memory are booked as: eval or generation
+    collated: ClassVar[bool] = True  # whether `predict` gives the model the batches that it is given
     model_class: ClassVar[str]  # name of the transformers class that builds the model with the right head
     head: ClassVar[tuple[str, ...]] = ()  # how names of head parameters start where no checkpoint says what is new
     metrics: ClassVar[tuple[str, ...]] = ()  # what `metric` may be

@@ -39,6 +39,7 @@ class Choice(Task):
     max_length: int = 512  # tokens of prompt and answer; the prompt loses its beginning
 
     kind: ClassVar[str] = "choice"
+    collated: ClassVar[bool] = False
     model_class: ClassVar[str] = "AutoModelForCausalLM"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "accuracy_norm", "matthews", "answer_logprob", "token_f1")
 

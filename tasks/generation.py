@@ -42,6 +42,7 @@ class Generation(Task):
 
     kind: ClassVar[str] = "generation"
     phase: ClassVar[str] = "generation"
+    collated: ClassVar[bool] = False
     model_class: ClassVar[str] = "AutoModelForCausalLM"
     metrics: ClassVar[tuple[str, ...]] = ("exact_match", "exact_match_flexible", "answer_logprob", "answered")
 

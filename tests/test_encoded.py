@@ -91,6 +91,7 @@ def test_nothing_is_copied_out_of_the_file(calls):
 
 
 def test_images_are_encoded_each_time():
+    @dataclasses.dataclass
     class Pixels:
         kind, seen = "image", 0
 
@@ -103,7 +104,7 @@ def test_images_are_encoded_each_time():
 
     task = Pixels()
     rows = Rows({"train": [{"grey": 0.5}]}, {"fingerprints": {"train": "1"}})
-    encoded = encode_splits(rows, task, None)["train"]
+    encoded = encode_splits(rows, task, TEXT)["train"]
     assert encoded[0]["pixel_values"] == encoded[0]["pixel_values"] == 0.5 and task.seen == 2
     assert encoded.length(0) == encoded.truncated == 0 and not files()
 

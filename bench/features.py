@@ -1,0 +1,122 @@
+"""What the frozen prefix makes of each row, computed once per split and kept on disk: `train.features=auto`.
+
+From the first step on the prefix is not run: its first blocks return what they are given, its last the kept rows of the
+batch. The result is the same up to rounding in a batch of another shape (1e-6 of a loss in fp32); what a step, an
+evaluation and the whole run take is not, so the record keeps these numbers apart (`measure.mark_cached`).
+
+The cache is that of encoded text, with its folder, its bound and its checksums. A file is named by all that decides its
+content: rows and their encoding, weights and configuration, precision, device, versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from functools import cached_property, partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.encoded_cache import capacity, digest, stored
+from bench.environment import environment
+from bench.features_compute import CHUNK, Computing, Plan
+from bench.lookup import NAME, Lookup
+from bench.storage import model_tensors, storages
+from bench.train import Stop
+from methods.base import trains
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from bench.clock import Phases
+    from bench.config import Config
+    from bench.prepare import Prepared
+
+log = logging.getLogger("bench")
+
+
+class Features:
+    """The stored features of a split: for row i a (positions, width) tensor, or (width,) where `flat`."""
+
+    def __init__(self, table: pa.Table):
+        self.table = table
+        self.plan = Plan(**json.loads(table.schema.metadata[b"plan"]))
+
+    @cached_property
+    def _chunks(self) -> list[tuple[Any, Any]]:
+        """Offsets and bytes of each chunk, straight out of the map."""
+        found = []
+        for chunk in self.table[NAME].chunks:
+            _, offsets, values = chunk.buffers()
+            found.append((np.frombuffer(offsets, np.int64), np.frombuffer(values, np.uint8)))
+        return found
+
+    def batch(self, indices: list[int]) -> Tensor:
+        """(rows, most positions among them, width), zeros behind shorter rows; (rows, width) where `flat`."""
+        rows = [self._bytes(i) for i in indices]
+        whole = np.zeros((len(rows), max(len(r) for r in rows)), np.uint8)
+        for line, row in zip(whole, rows, strict=True):
+            line[: len(row)] = row
+        found = torch.from_numpy(whole).view(getattr(torch, self.plan.dtype))
+        return found if self.plan.flat else found.view(len(rows), -1, self.plan.width)
+
+    def row(self, i: int) -> dict[str, Any]:
+        """Row `i` as it was encoded, but zeros for pixels, which nobody reads any more."""
+        zeros = {name: np.broadcast_to(np.float32(0), shape) for name, shape in self.plan.arrays.items()}
+        return zeros | json.loads(self.table["row"][i].as_py())
+
+    def _bytes(self, i: int) -> Any:
+        offsets, values = self._chunks[i // CHUNK]
+        return values[offsets[i % CHUNK] : offsets[i % CHUNK + 1]]
+
+
+def use(ready: Prepared, config: Config, phases: Phases, stop: Stop) -> dict[str, Any] | None:
+    """Give every split its features, so that the run reads them from now on; say what is kept, for the record.
+
+    None, with a line in the log, where nothing can be kept. Raises Interrupted.
+    """
+    if ready.prefix is None:
+        return _off("nothing below what is trained is frozen and left as it is by the method")
+    at = Computing(ready, Lookup(ready.model, ready.prefix), config, stop)
+    plan = at.plan()
+    if plan is None:
+        return _off(f"what is trained reads more than the output of {ready.prefix.names[-1]}")
+    splits = {s: e for s, e in ready.encoded.items() if s == "train" or e.task.collated}
+    size = sum(plan.size(encoded) for encoded in splits.values())
+    if size > capacity():
+        return _off(f"{size / 1e9:.2f} GB are more than PARETUNE_ENCODED_GB allows ({capacity() / 1e9:g})")
+    with phases(NAME):
+        recipe = _recipe(ready, config, plan)
+        tables = [stored(f"{NAME}-{recipe}-{e.key}", partial(at.reader, e, plan)) for e in splits.values()]
+    if any(table is None for table in tables):
+        return _off("they cannot be written")
+    for encoded, table in zip(splits.values(), tables, strict=True):
+        encoded.features = Features(table)
+    return {"prefix": ready.prefix.names, "positions": "first" if plan.first else "all", "bytes": size}
+
+
+def _recipe(ready: Prepared, config: Config, plan: Plan) -> str:
+    """16 hex digits of all that decides a row's features but the row: weights as bytes, everything else in words."""
+    weights = hashlib.sha256()
+    trained = {id(p) for p in ready.model.parameters() if trains(p)}
+    for tensor in model_tensors(ready.model):
+        for storage in storages(tensor) if id(tensor) not in trained else ():
+            weights.update(memoryview(torch.empty(0, dtype=torch.uint8).set_(storage.cpu()).numpy()))  # type: ignore[call-overload]
+    assert ready.prefix is not None
+    parts = {
+        "weights": weights.hexdigest(),
+        "config": ready.model.config.to_dict(),  # type: ignore[operator, union-attr]
+        "names": ready.prefix.names,
+        "plan": vars(plan),
+        "precision": config.train.precision,
+        "versions": [torch.__version__, version("transformers"), environment(ready.device)["device"]],
+    }
+    return digest(parts)
+
+
+def _off(reason: str) -> None:
+    log.info("no features are kept: %s", reason)

@@ -1,0 +1,160 @@
+"""How little of each row's features must be kept, and all of them computed, a chunk at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench.lookup import NAME, Lookup
+from bench.train import Stop, autocast, to_device
+from bench.untouched import untouched
+from methods.base import trains
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from bench.config import Config
+    from bench.encoded import Encoded
+    from bench.prepare import Prepared
+
+CHUNK = 512  # rows that are in memory at once
+NOISE = 0.02  # on what is trained while plans are tried: an output of zeros would not show what it reads
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # relative; of a half precision 2e-2
+
+
+@dataclass
+class Plan:
+    """What is kept of each row: its first position or all, and as what."""
+
+    first: bool
+    flat: bool
+    positions: int  # of an image
+    width: int
+    dtype: str
+    arrays: dict[str, list[int]]  # shapes of what is not made again: pixels
+
+    def size(self, encoded: Encoded) -> int:
+        """Bytes of a split's features."""
+        each = self.width * getattr(torch, self.dtype).itemsize
+        if self.first or self.flat:
+            return len(encoded) * each
+        return sum((encoded.length(i) or self.positions) for i in range(len(encoded))) * each
+
+    def rows(self, hidden: Tensor, lengths: list[int]) -> list[Tensor]:
+        """Of (batch, positions, width) the kept positions of each row; of (batch, width) each row."""
+        if self.flat:
+            return list(hidden)
+        return [row[: 1 if self.first else length or len(row)] for row, length in zip(hidden, lengths, strict=True)]
+
+    def tries(self, hidden: Tensor, lengths: list[int]) -> Iterator[Tensor]:
+        """What the network may be given for `hidden`: with NaN wherever it should not read, then what is kept."""
+        if self.first:
+            yield torch.cat([hidden[:, :1], torch.full_like(hidden[:, 1:], torch.nan)], 1)
+        yield nn.utils.rnn.pad_sequence(self.rows(hidden, lengths), batch_first=True)
+
+
+class Computing:
+    """Runs the prefix of a prepared model on rows."""
+
+    def __init__(self, ready: Prepared, lookup: Lookup, config: Config, stop: Stop):
+        self.ready, self.lookup, self.stop = ready, lookup, stop
+        self.precision, self.size = config.train.precision, config.train.eval_batch_size
+
+    def plan(self) -> Plan | None:
+        """The least that suffices on the longest row, alone and beside the shortest; None where nothing does."""
+        encoded = self.ready.encoded["train"]
+        order = sorted(range(len(encoded)), key=encoded.length)
+        with untouched(self.ready.model), torch.no_grad(), _noise(self.ready.model):
+            for plan in self._plans(encoded, order[-1]):
+                if all(self._suffices(plan, encoded, rows) for rows in ([order[-1]], [order[0], order[-1]])):
+                    return plan
+        return None
+
+    def _plans(self, encoded: Encoded, i: int) -> list[Plan]:
+        row = encoded[i]
+        arrays = {name: list(value.shape) for name, value in row.items() if isinstance(value, np.ndarray)}
+        hidden = self._hidden(self._batch(encoded, [row]))
+        about = dict(width=hidden.shape[-1], dtype=str(hidden.dtype).removeprefix("torch."), arrays=arrays)
+        positions = hidden.shape[1]
+        if hidden.dim() == 2:
+            return [Plan(first=False, flat=True, positions=1, **about)]
+        if hidden.dim() != 3 or encoded.length(i) not in (0, positions):
+            return []
+        return [Plan(first=first, flat=False, positions=positions, **about) for first in (True, False)]
+
+    def _suffices(self, plan: Plan, encoded: Encoded, indices: list[int]) -> bool:
+        """Whether loss and, of one row, logits are the same where the network reads `plan`'s features and no pixels."""
+        batch, lengths = self._batch(encoded, [encoded[i] for i in indices]), [encoded.length(i) for i in indices]
+        blind = batch | {name: torch.zeros_like(batch[name]) for name in plan.arrays}
+        hidden, expected = self._hidden(batch), self._run(batch)
+        names = ("loss", "logits") if len(indices) == 1 else ("loss",)
+        close = TOLERANCE.get(hidden.dtype if self.precision == "fp32" else torch.bfloat16, 2e-2)
+        for features in plan.tries(hidden, lengths):
+            found = self._run(blind | {NAME: features})
+            if not all(torch.allclose(found[n], expected[n], rtol=close, atol=close) for n in names):
+                return False
+        return True
+
+    def reader(self, encoded: Encoded, plan: Plan) -> pa.RecordBatchReader:
+        """The features of all rows, in chunks of `CHUNK`."""
+        import pyarrow as pa
+
+        fields = [(NAME, pa.large_binary()), ("row", pa.large_string())]
+        schema = pa.schema(fields, metadata={"plan": json.dumps(asdict(plan))})
+
+        def chunks() -> Iterator[pa.RecordBatch]:
+            for start in range(0, len(encoded), CHUNK):
+                rows = range(start, min(start + CHUNK, len(encoded)))
+                found = self._chunk(encoded, plan, sorted(rows, key=encoded.length))
+                yield pa.record_batch([list(column) for column in zip(*(found[i] for i in rows), strict=True)], schema)
+
+        return pa.RecordBatchReader.from_batches(schema, chunks())
+
+    def _chunk(self, encoded: Encoded, plan: Plan, indices: list[int]) -> dict[int, tuple[bytes, str]]:
+        """Of each row the bytes of its features, and all but its pixels as JSON where it has any."""
+        found = {}
+        for part in (indices[k : k + self.size] for k in range(0, len(indices), self.size)):
+            self.stop.check()
+            rows = [encoded[i] for i in part]
+            hidden = self._hidden(self._batch(encoded, rows)).cpu()
+            kept = plan.rows(hidden, [encoded.length(i) for i in part])
+            for i, row, values in zip(part, rows, kept, strict=True):
+                facts = {k: v for k, v in row.items() if k not in plan.arrays} if plan.arrays else {}
+                found[i] = values.contiguous().view(torch.uint8).numpy().tobytes(), json.dumps(facts)
+        return found
+
+    def _batch(self, encoded: Encoded, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return to_device(encoded.task.collate(rows, encoded.processor), self.ready.device)
+
+    @torch.no_grad()
+    def _hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        self.ready.model.eval()
+        with autocast(self.precision, self.ready.device):
+            return self.lookup.compute(batch)
+
+    @torch.no_grad()
+    def _run(self, batch: dict[str, Tensor]) -> Any:
+        self.ready.model.eval()
+        with autocast(self.precision, self.ready.device):
+            return self.ready.model(**batch)
+
+
+@contextmanager
+def _noise(model: nn.Module) -> Iterator[None]:
+    """Other values for what is trained inside the block."""
+    trained = [p for p in model.parameters() if trains(p)]
+    before = [p.detach().clone() for p in trained]
+    try:
+        for p in trained:
+            p.add_(torch.randn_like(p), alpha=NOISE)
+        yield
+    finally:
+        for p, value in zip(trained, before, strict=True):
+            p.copy_(value)

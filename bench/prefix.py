@@ -1,0 +1,151 @@
+"""The frozen prefix of a network: the blocks below everything that is trained, which give the same for a row each time.
+
+It is looked for on the method's model and knows no method by name. Where there is one it runs in evaluation mode in
+every training, its dropout off: a row then has one value at its end, whether that is computed again in each epoch or kept
+(`features.py`). Trained parts, the dropout of a head included, stay in training mode.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.untouched import untouched
+from methods.architectures import role
+from methods.base import Adapted, Added, Batch, Unsupported, trains
+
+
+@dataclass
+class Prefix:
+    """`chain`: modules of which each is called on what the one before returned; `below`: all that runs until it ends."""
+
+    chain: list[nn.Module]
+    below: dict[str, nn.Module]  # by name; the outermost alone
+    rest: list[tuple[None, ...] | None]  # what each of `chain` returns behind its hidden states; None: they stand alone
+    names: list[str]  # of `chain`
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module in a forward: the tensor it was given first, and what it returned."""
+
+    module: nn.Module
+    given: Any
+    result: Any
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """The hidden states it returned; None where it returned anything else beside them."""
+        first, *rest = self.result if isinstance(self.result, tuple) else (self.result,)
+        return first if isinstance(first, Tensor) and all(r is None for r in rest) else None
+
+
+def keep_evaluating(model: nn.Module, batch: Batch) -> Prefix | None:
+    """Find the frozen prefix and leave it in evaluation mode from now on, whoever calls `train_mode`."""
+    prefix = find(model, batch)
+    for module in prefix.below.values() if prefix else ():
+        module.always_eval = True  # type: ignore[assignment]
+    return prefix
+
+
+def train_mode(model: nn.Module) -> None:
+    """`model.train()`, but for what `keep_evaluating` found."""
+    model.train()
+    for module in model.modules():
+        if vars(module).get("always_eval"):
+            module.eval()
+
+
+def find(model: nn.Module, batch: Batch) -> Prefix | None:
+    """The longest chain of frozen blocks from the first on, with the frozen norm and pooler behind the last; None without one.
+
+    Nothing in it or before it is trained now or later (`trains`), replaced or hooked by the method, or called twice, and no
+    gradient reaches it. `batch`: any rows; one forward, which leaves no trace.
+    """
+    blocks = _blocks(model)
+    if not blocks or not _frozen(blocks[0]):
+        return None
+    calls = _trace(model, batch)
+    chain = _chain(calls, blocks)
+    if not chain:
+        return None
+    end = calls.index(chain[-1]) + 1
+    names = {module: name for name, module in model.named_modules()}
+    below, later = [names[c.module] for c in calls[:end]], {names[c.module] for c in calls[end:]}
+    around = [model.get_submodule(name) for name in _ancestors(names[chain[-1].module])]
+    if later & set(below) or any(map(_hooked, around)) or not all(_frozen(c.module) for c in calls[:end]):
+        return None
+    rest = [c.result[1:] if isinstance(c.result, tuple) else None for c in chain]
+    outer = [n for n in dict.fromkeys(below) if not set(_ancestors(n)) & set(below)]
+    chained = [c.module for c in chain]
+    return Prefix(chained, {n: model.get_submodule(n) for n in outer}, rest, [names[m] for m in chained])
+
+
+def _ancestors(name: str) -> list[str]:
+    """Of "a.b.c": "", "a" and "a.b"."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts))]
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    try:
+        pattern = re.compile(role(model, "layers"))
+    except Unsupported:  # an architecture that is not in the table
+        return []
+    return [m for n, m in model.named_modules() if pattern.search(n)]
+
+
+def _trace(model: nn.Module, batch: Batch) -> list[Call]:
+    """The calls of one forward in the order in which they end, with a gradient wherever something trained has been."""
+    calls: list[Call] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls.append(Call(module, args[0] if args else None, output))
+
+    with untouched(model), torch.enable_grad():
+        for p in [p for p in model.parameters() if trains(p)]:
+            p.requires_grad_()
+        model.eval()
+        hooks = [m.register_forward_hook(note) for m in model.modules()]
+        try:
+            model(**batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return calls
+
+
+def _chain(calls: list[Call], blocks: list[nn.Module]) -> list[Call]:
+    """Blocks from the first on, each called on the hidden states of the one before; behind the last, what follows it."""
+    ended = [c for c in calls if c.module in blocks]
+    if [c.module for c in ended] != blocks:
+        return []
+    chain: list[Call] = []
+    for call in ended:
+        if not _follows(chain, call):
+            return chain
+        chain.append(call)
+    for call in calls[calls.index(chain[-1]) + 1 :]:
+        if _follows(chain, call) and any(True for _ in call.module.parameters()):  # dropout behind it is the head's
+            chain.append(call)
+    return chain
+
+
+def _follows(chain: list[Call], call: Call) -> bool:
+    fits = isinstance(call.given, Tensor) and (not chain or call.given is chain[-1].hidden)
+    return fits and call.hidden is not None and not call.hidden.requires_grad and _frozen(call.module)
+
+
+def _frozen(module: nn.Module) -> bool:
+    """Whether the module is as pretrained and stays so."""
+    inside = list(module.modules())
+    changed = any(isinstance(m, Adapted | Added) or _hooked(m) for m in inside)
+    return not changed and not any(trains(p) for p in module.parameters())
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

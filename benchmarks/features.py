@@ -1,0 +1,99 @@
+"""Epochs on kept features against epochs that run the frozen blocks again, in one process and in turn.
+
+python -m benchmarks.features [--rounds 5] [--rows 256]
+
+Each line is one method on one random model: seconds of an epoch of training with the scoring of val after it, without
+features (`again`), with them (`kept`), the seconds to compute them once (`once`), and the ratios again / kept and
+(once + kept) / again, that of the first epoch; medians of `--rounds`. The floor of `kept` is what is trained, so that a
+method that trains the upper half of the blocks gains no more than their half. Goal: 10x where only the head is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import torch
+
+from bench import features, random_models
+from bench.clock import Phases
+from bench.config import Config, compose
+from bench.prepare import find_device, prepare
+from bench.train import Loop, Stop
+
+GOAL = 10.0
+BIG = {
+    "bert": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536),
+    "llama": dict(hidden_size=256, num_hidden_layers=8, num_attention_heads=4, intermediate_size=1024),
+    "vit": dict(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, image_size=64),
+}
+CELLS = (
+    ("linear_probe", "bert", "sst2"),
+    ("linear_probe", "llama", "sst2"),
+    ("linear_probe", "vit", "cifar10"),
+    ("telly", "bert", "sst2"),
+)
+
+
+class Epochs:
+    """One prepared run whose epochs are timed one by one."""
+
+    def __init__(self, config: Config, kept: bool):
+        self.config, rows, device = config, config.task.load(config.data), find_device(config)
+        self.ready = prepare(config, rows, device)
+        self.batches, phases = self.ready.train_batches(config), Phases(device)
+        steps = self.batches.per_epoch * 100
+        self.loop = Loop(self.ready.model, self.ready.method, config.train, steps=steps, device=device)
+        self.found = features.use(self.ready, config, phases, Stop()) if kept else None
+        self.once = phases.seconds.get("features", 0.0)
+
+    def __call__(self) -> float:
+        """Seconds of the next epoch and of scoring val."""
+        start = time.perf_counter()
+        for _ in range(self.batches.per_epoch):
+            self.loop.step(self.batches.micro(self.loop.progress.step, 1))
+        self.ready.predict("val", self.config)
+        return time.perf_counter() - start
+
+
+def cell(method: str, model: str, task: str, args: Any) -> dict[str, Any]:
+    """The medians of one line. Raises RuntimeError where no features could be kept."""
+    limit = f"task.limit={{train: {args.rows}, val: {args.rows // 4}, test: 8}}"
+    words = [f"method={method}", f"task={task}", f"model.path=random:{model}", "data=standin", "wandb=off", limit]
+    more = ["method.blocks=3"] if method == "telly" else []
+    config = compose([*words, *more])
+    again, kept = Epochs(config, kept=False), Epochs(config, kept=True)
+    if kept.found is None:
+        raise RuntimeError(f"{method} {model}: no features were kept")
+    seconds = [(again(), kept()) for _ in range(args.rounds + 1)][1:]  # the first warms up
+    a, k = (statistics.median(column) for column in zip(*seconds, strict=True))
+    found = dict(again=a, kept=k, once=kept.once, ratio=a / k, first=(kept.once + k) / a)
+    return dict(cell=f"{method} {model}", **found, positions=kept.found["positions"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=256)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for kind, sizes in BIG.items():
+        random_models.RANDOM[kind] |= sizes
+    print(f"{'':20} {'again s':>8} {'kept s':>8} {'once s':>8} {'again/kept':>10} {'first epoch':>11}  positions")
+    for words in CELLS:
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["PARETUNE_CACHE"] = folder
+            line = cell(*words, args)
+        values = (
+            f"{line['again']:8.3f} {line['kept']:8.3f} {line['once']:8.3f} {line['ratio']:9.1f}x {line['first']:10.2f}x"
+        )
+        goal = f" goal {GOAL:.0f}x {'met' if line['ratio'] >= GOAL else 'missed'}" if words[0] == "linear_probe" else ""
+        print(f"{line['cell']:20} {values}  {line['positions']}{goal}")
+
+
+if __name__ == "__main__":
+    main()
