@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from analysis.fronts import Mixed, refuse_mixed
 from analysis.resample import BINARY, Sums, bootstrap, sums, swapped
@@ -34,22 +35,43 @@ def mcnemar(b: int, c: int) -> dict[str, float]:
 
 
 def predictions(run: Any, split: str = "test") -> pd.DataFrame:
-    """The stored predictions of one row of `analysis.load`, indexed by row_id. Raises FileNotFoundError without them."""
-    from pyarrow.parquet import ParquetFile
+    """The stored predictions of one row of `analysis.load`, indexed by row_id. Raises as `stored`."""
+    columns = stored(run, split)
+    return pd.DataFrame(columns, index=pd.Index(columns.pop("row_id"), name="row_id"))
 
+
+def stored(run: Any, split: str = "test") -> dict[str, NDArray[Any]]:
+    """The columns of a run's predictions of one split, in the order of row_id; a table of them would cost as much as reading.
+
+    Raises FileNotFoundError where there are none, ValueError where the file holds something else.
+    """
     path = Path(run["path"]).parent / "predictions.parquet"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no predictions of {run['method']} seed {run['seed']}: a paired test needs them"
         )
-    stored = ParquetFile(path, pre_buffer=False).read(use_threads=False)  # a fifth of the time of pandas' own reader
-    columns = {name: stored[name].to_numpy() for name in stored.column_names}
+    columns = _columns(path)
     kept = np.flatnonzero(columns.pop("split") == split)
-    ids = pd.Index(columns.pop("row_id")[kept], name="row_id")
-    if not len(ids) or ids.has_duplicates:
+    ids = columns["row_id"][kept]
+    order = kept if (ids[1:] > ids[:-1]).all() else kept[np.argsort(ids, kind="stable")]
+    ids = columns["row_id"][order]
+    if not len(ids) or (ids[1:] == ids[:-1]).any():
         raise ValueError(f"{path}: {len(ids)} rows of split {split!r}, which must be some and each row_id once")
-    table = pd.DataFrame({name: values[kept] for name, values in columns.items()}, index=ids)
-    return table if ids.is_monotonic_increasing else table.sort_index()
+    return {name: values[order] for name, values in columns.items()}
+
+
+def _columns(path: Path) -> dict[str, NDArray[Any]]:
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        table = ParquetFile(path, pre_buffer=False).read(use_threads=False)  # a fifth of the time of pandas' own reader
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    if absent := {"row_id", "label", "prediction", "split"} - set(table.column_names):
+        raise ValueError(f"{path}: no column {', '.join(sorted(absent))}; there are {', '.join(table.column_names)}")
+    if table["row_id"].null_count:
+        raise ValueError(f"{path}: {table['row_id'].null_count} rows without row_id")
+    return {name: table[name].to_numpy() for name in table.column_names}
 
 
 def compare(

@@ -7,32 +7,37 @@ draws. Here the noise of test rows is the infinitesimal jackknife's (Efron 1982;
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.paired import predictions
+from analysis.paired import stored
 from analysis.ranks import holm
-from analysis.resample import Sums, sums
+from analysis.resample import METRICS, Sums, sums
 
 Array = NDArray[np.float64]
 COLUMNS = ("first", "second", "difference", "seeds", "evidence", "se", "df")
 
 
-def all_pairs(rows: Mapping[str, Sequence[Mapping[Any, Any]]]) -> pd.DataFrame:
+Problems = list[tuple[str, str]]  # of files: path, what is wrong with it
+
+
+def all_pairs(rows: Mapping[str, Sequence[Mapping[Any, Any]]], problems: Problems | None = None) -> pd.DataFrame:
     """One row per pair of names, in the units of the score: `COLUMNS`, `p` (two-sided) and `p_holm` over all pairs with a p.
 
-    rows: name -> its finished runs (rows of `analysis.load`, as dicts; one setting) on one task and model; only runs of one software and one test
-    set are compared. evidence: "predictions" (noise of the test rows, which are the same for both; with several seeds their
+    rows: name -> its finished runs (rows of `analysis.load`, as dicts; one setting) on one task and model; only runs of one
+    software and one test set are compared. Predictions that cannot be used are named in `problems`. evidence: "predictions" (noise of the test rows, which are the same for both; with several seeds their
     noise too), "seeds" (no predictions: paired t over common seeds), or why there is no p: "software", "other test rows",
     "one seed", "no common seed".
 
     se² = Σ over rows of the mean influence of the difference, squared, + sd² / s with the sd of the s differences per seed;
     degrees by Welch and Satterthwaite, the rows' part counting as infinitely many.
     """
-    scored = {name: {run["seed"]: _of_run(run) for run in runs} for name, runs in rows.items()}
+    problems = [] if problems is None else problems
+    scored = {name: {run["seed"]: _of_run(run, problems) for run in runs} for name, runs in rows.items()}
     names = list(rows)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     found = [{"first": a, "second": b} | _pair(scored[a], scored[b]) for a, b in pairs]
@@ -47,15 +52,20 @@ def influence(part: Sums) -> Array:
     return (part.features - part.features.mean(0)) @ np.nan_to_num(gradient)
 
 
-def _of_run(run: Mapping[Any, Any]) -> dict[str, Any]:
+def _of_run(run: Mapping[Any, Any], problems: Problems) -> dict[str, Any]:
     """The score, the software, and where predictions are stored a name of the test rows and the influence of each."""
     facts = {"score": float(run["score"]), "software": run.get("software"), "rows": None, "influence": None}
-    try:
-        table = predictions(run)
-        part = sums(run["metric"], table)
-    except (FileNotFoundError, ValueError):  # not stored, or of a metric that is no function of them: seeds must do
+    if run["metric"] not in METRICS:  # no function of label and prediction: seeds must do
         return facts
-    test = hash((tuple(table.index.tolist()), tuple(table["label"].to_list())))
+    try:
+        columns = stored(run)
+        part = sums(run["metric"], columns)
+    except FileNotFoundError:
+        return facts
+    except (ValueError, TypeError, KeyError) as error:
+        problems.append((str(Path(run["path"]).with_name("predictions.parquet")), f"{type(error).__name__}: {error}"))
+        return facts
+    test = hash((tuple(columns["row_id"].tolist()), tuple(columns["label"].tolist())))
     return facts | {"rows": test, "influence": influence(part)}
 
 
@@ -63,8 +73,9 @@ def _pair(a: dict[Any, dict[str, Any]], b: dict[Any, dict[str, Any]]) -> dict[st
     both = [(a[s], b[s]) for s in a if s in b]
     if not both:
         return {"evidence": "no common seed"}
-    gaps = np.array([x["score"] - y["score"] for x, y in both])
-    about = {"difference": gaps.mean(), "seeds": len(gaps)}
+    gaps = [x["score"] - y["score"] for x, y in both]
+    mean = sum(gaps) / len(gaps)  # of two to five numbers: numpy takes ten times as long
+    about = {"difference": mean, "seeds": len(gaps)}
     if any(x["software"] != y["software"] for x, y in both):
         return about | {"evidence": "software"}
     if any(x["rows"] != y["rows"] for x, y in both if x["rows"] and y["rows"]):
@@ -73,7 +84,7 @@ def _pair(a: dict[Any, dict[str, Any]], b: dict[Any, dict[str, Any]]) -> dict[st
     if not known and len(gaps) < 2:
         return about | {"evidence": "one seed"}
     of_rows = _variance_of_rows(both) if known else 0.0
-    of_seeds = gaps.var(ddof=1) / len(gaps) if len(gaps) > 1 else 0.0
+    of_seeds = sum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1) / len(gaps) if len(gaps) > 1 else 0.0
     total = of_rows + of_seeds
     df = (total / of_seeds) ** 2 * (len(gaps) - 1) if of_seeds > 0 else np.inf
     return about | {"evidence": "predictions" if known else "seeds", "se": np.sqrt(total), "df": df}

@@ -49,11 +49,13 @@ def payload(runs: pd.DataFrame, title: str) -> dict[str, Any]:
     table["picked"] = sections.picked(table)
     by_id = {str(run["id"]): run for run in runs.to_dict("records")}
     shown, settings = [*(c for c in columns if c in COSTS)], _settings(runs)
+    problems = [*runs.attrs.get("problems", [])]
+    matrices = sections.matrices(table, by_id, problems)
     return {
         "title": title,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "counts": {status: int((runs["status"] == status).sum()) for status in STATUSES},
-        "problems": [[str(part) for part in problem] for problem in runs.attrs.get("problems", [])],
+        "problems": [[str(part) for part in problem] for problem in problems],
         "columns": [_column(name) for name in columns],
         "costs": shown,
         "main": [c for c in MAIN_COSTS if c in columns],
@@ -61,7 +63,7 @@ def payload(runs: pd.DataFrame, title: str) -> dict[str, Any]:
             _row(row, columns) | _behind([by_id[i] for i in dict.fromkeys(row["ids"])], shown, settings)
             for row in table.to_dict("records")
         ],
-        "matrices": sections.matrices(table, by_id),
+        "matrices": matrices,
         "overviews": sections.overviews(runs),
         "budgets": sections.budgets(table),
         "absent": [_absent(run) for run in runs[runs["status"] != "ok"].to_dict("records")],

@@ -6,11 +6,11 @@ row was drawn, `value(W @ features)` is the metric of all draws. Spearman's rank
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -28,34 +28,34 @@ class Sums:
     value: Callable[[Array], Array]
 
 
-def sums(metric: str, predictions: pd.DataFrame, classes: int = 0) -> Sums:
-    """The metric of stored predictions. `classes`: their number, where the rows do not show all of them.
+def sums(metric: str, predictions: Mapping[str, Any], classes: int = 0) -> Sums:
+    """The metric of stored predictions, a table or its columns. `classes`: their number, where the rows do not show all.
 
     Raises ValueError for a metric that is no function of label, prediction and score.
     """
-    label, prediction = predictions["label"], predictions["prediction"]
+    label, prediction = np.asarray(predictions["label"]), np.asarray(predictions["prediction"])
     if metric in (*BINARY, "answered", "answer_logprob", "answer_nll"):
         return _mean(_per_row(metric, predictions))
     if metric in ("f1", "matthews"):
         number = max(classes, 2, int(max(label.max(), prediction.max())) + 1)
-        return _confusion(metric, label.to_numpy(int), prediction.to_numpy(int), number)
+        return _confusion(metric, label.astype(int), prediction.astype(int), number)
     if metric in CORRELATIONS:
-        return _correlation(metric, label.to_numpy(float), prediction.to_numpy(float))
+        return _correlation(metric, label.astype(float), prediction.astype(float))
     raise ValueError(f"metric {metric!r} cannot be computed from stored predictions; possible: {', '.join(METRICS)}")
 
 
-def _per_row(metric: str, predictions: pd.DataFrame) -> Array:
+def _per_row(metric: str, predictions: Mapping[str, Any]) -> Array:
     column = {"exact_match_flexible": "prediction_flexible", "accuracy_norm": "prediction_norm"}.get(
         metric, "prediction"
     )
     if metric == "answer_logprob":
-        return predictions["score"].to_numpy(float)
+        return np.asarray(predictions["score"], float)
     if metric == "answer_nll":
-        return predictions["nll"].to_numpy(float)
-    given, label = predictions[column].to_numpy(), predictions["label"].to_numpy()
+        return np.asarray(predictions["nll"], float)
+    given, label = np.asarray(predictions[column]), np.asarray(predictions["label"])
     answered = given != "" if metric in ("answered", "exact_match", "exact_match_flexible") else True
     right = given == label if metric != "answered" else True
-    return np.logical_and(answered, right).astype(float) * np.ones(len(predictions))
+    return np.logical_and(answered, right).astype(float) * np.ones(len(label))
 
 
 def _mean(values: Array) -> Sums:

@@ -16,7 +16,7 @@ import pandas as pd
 from analysis import ranks, tuning
 from analysis.columns import METRICS
 from analysis.fronts import Mixed
-from analysis.pairs import all_pairs
+from analysis.pairs import Problems, all_pairs
 from analysis.plots_runs import history_of
 
 POINTS = 60  # of a learning curve
@@ -72,10 +72,10 @@ def picked(table: pd.DataFrame) -> pd.Series:
     return pd.Series(table.index.isin(np.concatenate(parts)), index=table.index)
 
 
-def matrices(table: pd.DataFrame, runs: dict[str, Run]) -> list[dict[str, Any]]:
+def matrices(table: pd.DataFrame, runs: dict[str, Run], problems: Problems) -> list[dict[str, Any]]:
     """Of each task, model and view with several methods: their names and every pair, [i, j, difference, p_holm, evidence].
 
-    table: of `summarise`, with `view`. runs: id -> run.
+    table: of `summarise`, with `view`. runs: id -> run. Predictions that cannot be used are added to `problems`.
     """
     found = []
     for (task, model, view), rows in _sets(table):
@@ -84,7 +84,7 @@ def matrices(table: pd.DataFrame, runs: dict[str, Run]) -> list[dict[str, Any]]:
             continue
         names = rows["label"].tolist()
         own = {label: finished(runs[i] for i in ids) for label, ids in zip(names, rows["ids"], strict=True)}
-        pairs = all_pairs(own).to_dict("records")
+        pairs = all_pairs(own, problems).to_dict("records")
         place = {name: i for i, name in enumerate(names)}
         cells = [[place[p["first"]], place[p["second"]], *_said(p)] for p in pairs]
         found.append({"task": task, "model": model, "view": int(view), "names": names, "pairs": cells})
