@@ -64,23 +64,20 @@ def cuts(model: nn.Module, config: Config, which: str = "top", k: int = K) -> di
 
     Raises Unsupported where no matrix has an intruder.
     """
-    from analysis.spectra_model import align, parts
-    from analysis.spectra_model import chosen as names_of
+    from analysis.spectra_model import align, pieces
     from analysis.spectra_runs import sides, store
     from bench.model import acting
 
     before, after, architecture = sides(model, config)
     layers: Any = align(before, acting(model))  # type: ignore[arg-type]
     found: dict[str, list[Cut]] = {"intruder": [], "neighbour": []}
-    for name in names_of(before, after, architecture):
-        W0 = before[name]
-        for label, _, rows in parts(name, W0, architecture):
-            W1 = after[name][rows]
-            base, tuned, _ = leading(W0[rows].to(W1.device), W1, min(k, *W1.shape), store())
-            for kind, indices in zip(found, chosen(compare(base, tuned)["cos_left"], which), strict=True):
-                if indices:
-                    left, right = tuned.U[:, indices] * tuned.S[indices], tuned.V[:, indices].to(tuned.U)
-                    found[kind].append(Cut(label, layers[name].weight, rows, left, right, indices))
+    for piece in pieces(before, after, architecture):
+        base, tuned, _ = leading(piece.before, piece.after, min(k, *piece.after.shape), store())
+        for kind, indices in zip(found, chosen(compare(base, tuned)["cos_left"], which), strict=True):
+            if indices:
+                left, right = tuned.U[:, indices] * tuned.S[indices], tuned.V[:, indices].to(tuned.U)
+                weight = layers[piece.name].weight
+                found[kind].append(Cut(piece.where["name"], weight, piece.rows, left, right, indices))
     if not found["intruder"]:
         raise Unsupported(f"no matrix has an intruder among its {k} leading vectors: nothing to scale")
     return found

@@ -49,19 +49,15 @@ class Dynamics:
         return {"spectra/intruders": count if changed else None, "spectra/changed": changed}
 
     def _rows(self, model: nn.Module, step: int) -> list[dict[str, Any]]:
-        from analysis.spectra_model import chosen, parts
+        from analysis.spectra_model import pieces
         from analysis.spectra_runs import sides, store
 
-        before, after, architecture = sides(model, self.config)
         rows = []
-        for name in chosen(before, after, architecture):
-            W0, W1 = before[name], after[name]
-            for label, kind, part in parts(name, W0, architecture):
-                old, new = W0[part].to(W1.device), W1[part]
-                base, tuned, _ = leading(old, new, min(self.k, *new.shape), store())
-                found = {k: v for k, v in compare(base, tuned).items() if k in ("cos_left", "index_left")}
-                where = {"step": step, "name": label, "kind": kind, "changed": not torch.equal(old, new)}
-                rows.append(where | {"sigma": tuned.S.tolist()} | found | self._turned(label, tuned.U))
+        for piece in pieces(*sides(model, self.config)):
+            base, tuned, _ = leading(piece.before, piece.after, min(self.k, *piece.after.shape), store())
+            found = {k: v for k, v in compare(base, tuned).items() if k in ("cos_left", "index_left")}
+            where = {"step": step} | piece.where | {"changed": not torch.equal(piece.before, piece.after)}
+            rows.append(where | {"sigma": tuned.S.tolist()} | found | self._turned(where["name"], tuned.U))
         return rows
 
     def _turned(self, name: str, U: Tensor) -> dict[str, Any]:

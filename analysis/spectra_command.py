@@ -1,4 +1,4 @@
-"""The commands around spectra: spectra, forgetting, causal, dynamics, continual."""
+"""The commands around spectra: spectra, sizes, forgetting, causal, dynamics, continual."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-K = 10  # this and the two below as in `analysis.spectra` and `analysis.causal`, which need torch
-LAMBDAS, WHICH = "0,0.25,0.5,0.75,0.9,1,1.5,2", ("top", "all")
+K = 10  # this and those below as in `analysis.spectra`, `causal` and `sizes`, which need torch
+LAMBDAS, WHICH, SIZES = "0,0.25,0.5,0.75,0.9,1,1.5,2", ("top", "all"), "0.05,0.1,0.2"
 
 
 def add(commands: Any, **options: Any) -> None:
     """Add the subcommands; options: of each `add_parser`."""
     for name, run, text in (
         ("spectra", _spectra, "intruder dimensions: of every ok run, or of --base and --tuned"),
+        ("sizes", _sizes, "intruders with every change scaled to the same size: rank or size?"),
         ("forgetting", _forgetting, "loss on a pretraining-like text (images: a probe's accuracy), before and after"),
         ("causal", _causal, "scale the top intruder of each matrix, and a neighbour: score and forgetting"),
         ("dynamics", _dynamics, "intruders over the steps of a run with spectra_every=N, and the life of one"),
@@ -22,10 +23,10 @@ def add(commands: Any, **options: Any) -> None:
         command = commands.add_parser(name, help=text, description=text, **options)
         command.add_argument("runs", nargs="?", type=Path, default=Path("results"), help="folder of runs (results)")
         command.set_defaults(run=run)
-        if name in ("spectra", "forgetting", "causal"):
+        if name in ("spectra", "sizes", "forgetting", "causal"):
             command.add_argument("--root", help="mirror folder of the data, if it is no longer where the runs had it")
             command.add_argument("--device", default="cpu")
-        if name in ("spectra", "causal"):
+        if name in ("spectra", "sizes", "causal"):
             command.add_argument("--k", type=int, default=K, help=f"leading vectors of each matrix ({K})")
         if name in ("causal", "dynamics", "continual"):
             command.add_argument("-o", "--output", type=Path, help="also draw it: png, svg or pdf")
@@ -36,6 +37,10 @@ def _add_spectra(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base", help="pretrained: folder, .safetensors file, embedded:NAME or hub id")
     command.add_argument("--tuned", help="the same tuned, or the folder of a peft adapter")
     command.add_argument("--json", type=Path, metavar="FILE", help="write all numbers of --base and --tuned")
+
+
+def _add_sizes(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--sizes", default=SIZES, help=f"norms of a change over that of its matrix ({SIZES})")
 
 
 def _add_forgetting(command: argparse.ArgumentParser) -> None:
@@ -55,7 +60,13 @@ def _add_continual(command: argparse.ArgumentParser) -> None:
     command.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", dest="overrides", help=help)
 
 
-_ADD = {"spectra": _add_spectra, "forgetting": _add_forgetting, "causal": _add_causal, "continual": _add_continual}
+_ADD = {
+    "spectra": _add_spectra,
+    "sizes": _add_sizes,
+    "forgetting": _add_forgetting,
+    "causal": _add_causal,
+    "continual": _add_continual,
+}
 
 
 def _spectra(args: argparse.Namespace) -> str:
@@ -73,6 +84,19 @@ def _spectra(args: argparse.Namespace) -> str:
         raise ValueError(str(error)) from error
 
 
+def _sizes(args: argparse.Namespace) -> str:
+    from analysis.sizes import of_records
+
+    return of_records(args.runs, _numbers("--sizes", args.sizes), args.root, args.device, args.k)[0]
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(x) for x in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} {text!r}: give numbers, comma-separated: 0,0.5,1") from error
+
+
 def _forgetting(args: argparse.Namespace) -> str:
     from analysis.forgetting import of_records
 
@@ -85,10 +109,7 @@ def _causal(args: argparse.Namespace) -> str:
     from analysis.causal import of_records
     from analysis.causal_plots import lambdas
 
-    try:
-        factors = [float(x) for x in args.lambdas.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--lambdas {args.lambdas!r}: give numbers, comma-separated: 0,0.5,1") from error
+    factors = _numbers("--lambdas", args.lambdas)
     said = of_records(args.runs, factors, args.root, args.device, which=args.which, split=args.split, k=args.k)
     found = sorted(args.runs.glob("causal.parquet")) or sorted(args.runs.glob("*/causal.parquet"))
     return said + (_draw(lambdas, pd.concat([pd.read_parquet(p) for p in found]), args.output) if found else "")

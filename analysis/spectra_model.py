@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.spectra import EPSILON, EPSILONS, K, floor, intruders, measure, ties
 from analysis.weights import renamed
@@ -38,18 +38,35 @@ def spectra(
     """
     import pandas as pd
 
-    after = align(before, after)
-    names = chosen(before, after, architecture)
     rows: list[dict[str, Any]] = []
-    for name in _distinct(names, before, after):
-        W0, W1 = before[name].to(device), after[name].to(device)
-        for label, role, part in parts(name, W0, architecture):
-            where = {"name": label, "layer": _layer(name), "kind": role}
-            try:
-                rows.append(where | measure(W0[part], W1[part], k, folder))
-            except ValueError as error:
-                raise ValueError(f"{label}: {error}") from error
+    for piece in pieces(before, after, architecture, device):
+        try:
+            rows.append(piece.where | measure(piece.before, piece.after, k, folder))
+        except ValueError as error:
+            raise ValueError(f"{piece.where['name']}: {error}") from error
     return pd.DataFrame(rows)
+
+
+class Piece(NamedTuple):
+    """A matrix of a block, or query, key or value of a fused one: `rows` of the matrix `name`, before and after (out, in)."""
+
+    name: str
+    rows: slice
+    where: dict[str, Any]  # `name`, `layer` and `kind` for the table
+    before: Tensor
+    after: Tensor
+
+
+def pieces(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], architecture: str | None, device: Any = None
+) -> Iterator[Piece]:
+    """The block matrices of two models one after the other, on `device` (None: that of the tuned one); as for `spectra`."""
+    after = align(before, after)
+    for name in _distinct(chosen(before, after, architecture), before, after):
+        W1 = after[name].to(device)
+        W0 = before[name].to(W1.device)
+        for label, role, rows in parts(name, W0, architecture):
+            yield Piece(name, rows, {"name": label, "layer": _layer(name), "kind": role}, W0[rows], W1[rows])
 
 
 def align(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
