@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import sys
+from typing import Any, NamedTuple
 
 
 class Column(NamedTuple):
@@ -48,6 +49,19 @@ def axis_title(name: str) -> str:
 def is_score(name: str) -> bool:
     """Whether a column holds a metric rather than a cost."""
     return name == "score" or name.startswith(METRICS)
+
+
+def checked(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of another project's results. Raises ValueError where a name is no text, a number no finite number, or a cell not one value."""
+    for name, value in row.items():
+        number = name in COSTS or is_score(name)
+        if number and not (value is None or (type(value) in (int, float) and not abs(value) > sys.float_info.max)):
+            raise ValueError(f"{name} is {value!r:.60}, not a number")
+        if name in ("task", "model", "method") and not (isinstance(value, str) and value):
+            raise ValueError(f"{name} is {value!r:.60}, not a name")
+        if isinstance(value, dict | list):
+            raise ValueError(f"{name} is {value!r:.60}, not one value")
+    return row
 
 
 def write(value: float, unit: str = "") -> str:

@@ -14,10 +14,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.columns import checked
+
 PEFT, OSU = "huggingface/peft method_comparison", "OSU-MLB/ViT_PEFT_Vision"
 SELECTED, GRIDS = "vtab1k_selected.csv", "vtab1k_grid_summary.csv"
 UNKNOWN_BYTES = 99_999_999  # what the peft project writes where a file could not be measured
 TEST_ROWS = {"MetaMathQA": 1319}  # GSM8K's test split
+BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, RecursionError)
+_COLUMNS = ("dataset", "group", "method", "grid_size", "hyper_parameters", "inserted_parameters", "val200_top1")
+_COLUMNS += ("test_top1_final_epoch", "test_top1_best_epoch")
 _STATUS = {"success": "ok", "failed": "failed", "canceled": "interrupted", "running": "interrupted"}
 
 
@@ -45,9 +50,20 @@ def vtab_grids(folder: str | Path) -> pd.DataFrame:
     path = Path(folder) / GRIDS
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the folder that holds {GRIDS} and {SELECTED}")
-    table = pd.read_csv(path).rename(columns={"dataset": "task", "grid_size": "trials"})
-    values = [c for c in table.columns if c.startswith(("val_", "e_best_"))]
-    return table.assign(**{c: table[c] / 100 for c in values})
+    try:
+        table = _csv(path, "dataset", "method", "grid_size").rename(columns={"dataset": "task", "grid_size": "trials"})
+        values = [c for c in table.columns if c.startswith(("val_", "e_best_"))]
+        return table.assign(**{c: table[c].astype(float) / 100 for c in values}, trials=table["trials"].astype(int))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _csv(path: Path, *needed: str) -> pd.DataFrame:
+    """A table of texts, so that one broken cell leaves the others of its column what they are."""
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if absent := [name for name in needed if name not in table]:
+        raise ValueError(f"no column {', '.join(absent)}; there are {', '.join(map(str, table.columns[:12]))}")
+    return table
 
 
 def foreign_rows(folder: Path) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
@@ -74,8 +90,8 @@ def _peft_rows(folder: Path) -> tuple[list[dict[str, Any]], list[tuple[str, str]
         try:
             content = json.loads(path.read_text())
             if isinstance(content, dict) and {"run_info", "train_info", "meta_info"} <= content.keys():
-                rows.append(_peft_row(content, path))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                rows.append(checked(_peft_row(content, path)))
+        except BROKEN as error:
             problems.append((str(path), f"{type(error).__name__}: {error}"))
     return rows, problems
 
@@ -163,17 +179,31 @@ def _peft_origin(config: dict[str, Any], meta: dict[str, Any], task: str) -> dic
 
 def _vtab_rows(folder: Path) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     path = folder / SELECTED
-    if not path.is_file():
-        return [], []
+    rows: list[dict[str, Any]] = []
+    problems: list[tuple[str, str]] = []
     try:
-        return [_vtab_row(row, path) for row in pd.read_csv(path).to_dict("records")], []
-    except (ValueError, KeyError, TypeError) as error:
+        lines = _csv(path, *_COLUMNS).to_dict("records") if path.is_file() else []
+    except BROKEN as error:
         return [], [(str(path), f"{type(error).__name__}: {error}")]
+    for number, line in enumerate(lines, 2):
+        try:
+            rows.append(checked(_vtab_row(line, path)))
+        except BROKEN as error:
+            problems.append((str(path), f"line {number}: {type(error).__name__}: {error}"))
+    return rows, problems
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+def _share(text: str) -> float | None:
+    return float(text) / 100 if text else None
 
 
 def _vtab_row(row: dict[Any, Any], path: Path) -> dict[str, Any]:
     config = json.loads(row["hyper_parameters"])
-    score = row["test_top1_final_epoch"] / 100
+    score = _share(row["test_top1_final_epoch"])
     own = {k: v for k, v in config.items() if k not in ("lr", "wd")}
     return {
         "id": f"{row['dataset']}/{row['method']}",
@@ -186,10 +216,10 @@ def _vtab_row(row: dict[Any, Any], path: Path) -> dict[str, Any]:
         "metric": "accuracy",
         "score": score,
         "metrics_test/accuracy": score,
-        "metrics_val/accuracy": row["val200_top1"] / 100,
-        "metrics_best_test/accuracy": row["test_top1_best_epoch"] / 100,
-        "trained_params": row["inserted_parameters"],
-        "trials": row["grid_size"],
+        "metrics_val/accuracy": _share(row["val200_top1"]),
+        "metrics_best_test/accuracy": _share(row["test_top1_best_epoch"]),
+        "trained_params": _number(row["inserted_parameters"]),
+        "trials": _number(row["grid_size"]),
         "config_train_lr": config["lr"],
         "config_train_weight_decay": config["wd"],
         **{f"config_method_{k}": v for k, v in own.items()},

@@ -60,12 +60,12 @@ def _of_run(run: Mapping[Any, Any], problems: Problems) -> dict[str, Any]:
     try:
         columns = stored(run)
         part = sums(run["metric"], columns)
+        test = hash((tuple(columns["row_id"].tolist()), tuple(columns["label"].tolist())))
     except FileNotFoundError:
         return facts
     except (ValueError, TypeError, KeyError) as error:
         problems.append((str(Path(run["path"]).with_name("predictions.parquet")), f"{type(error).__name__}: {error}"))
         return facts
-    test = hash((tuple(columns["row_id"].tolist()), tuple(columns["label"].tolist())))
     return facts | {"rows": test, "influence": influence(part)}
 
 

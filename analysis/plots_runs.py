@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,11 +63,20 @@ def histories(runs: pd.DataFrame, value: str = "loss") -> pd.DataFrame:
 
 
 def history_of(path: str | Path) -> list[dict[str, Any]]:
-    """The learning curve in one result file, ours or peft's: [{"step": ..., "loss": ...}, ...]; empty where it has none."""
+    """The learning curve in one result file, ours or peft's: [{"step": ..., "loss": ...}, ...]; empty where it has none.
+
+    A point without a finite step, and a value that is no finite number, are left out.
+    """
     if Path(path).suffix != ".json":
         return []
     content = json.loads(Path(path).read_text())
-    return content.get("history", content.get("train_info", {}).get("metrics", []))
+    history = content.get("history", content.get("train_info", {}).get("metrics", []))
+    points = [{k: v for k, v in p.items() if _finite(v)} for p in history if isinstance(p, dict)]
+    return [point for point in points if "step" in point]
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def learning(table: pd.DataFrame, ax: Axes | None = None, *, title: str = "loss") -> Axes:

@@ -95,7 +95,7 @@ def _test(runs: pd.DataFrame, leader: str, other: str) -> tuple[float, float, st
         from scipy.stats import ttest_ind
 
         return gap, float(ttest_ind(a, b, equal_var=False).pvalue), "seeds"
-    rows = runs["data_rows_test"].max() if "data_rows_test" in runs else math.nan
+    rows = pd.to_numeric(runs["data_rows_test"], errors="coerce").max() if "data_rows_test" in runs else math.nan
     if rows > 0 and set(runs["metric"]) <= {"accuracy", "exact_match"}:
         return gap, power.unpaired(a.mean(), b.mean(), int(rows))["p"], "rows"
     return gap, math.nan, "none"

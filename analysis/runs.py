@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def _matches(value: Any, kind: str) -> bool:
         return isinstance(value, list)
     if kind.startswith("str"):
         return isinstance(value, str)
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > sys.float_info.max
 
 
 def _flatten(value: Any, name: str, row: dict[str, Any]) -> None:
@@ -130,12 +131,12 @@ def _derived(record: Record) -> dict[str, Any]:
         settings["task"] = {k: v for k, v in task.items() if k not in TASK_FACTS}
     return {
         "source": "paretune",
-        "protocol": data.get("protocol"),
+        "protocol": _text(data.get("protocol")),
         "device": _text(environment.get("device")),
-        "memory_kind": environment.get("memory"),
+        "memory_kind": _text(environment.get("memory")),
         "software": _text(environment.get("software")),
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8],
-        "data_fingerprint": prints.get("test") if isinstance(prints, dict) else None,
+        "data_fingerprint": _text(prints.get("test")) if isinstance(prints, dict) else None,
         "data_standin": bool(data.get("standin")) or record.task.endswith("(stand-in)"),
     }
 

@@ -37,7 +37,7 @@ def curves(runs: Iterable[Run]) -> dict[str, Any]:
     for path in dict.fromkeys(run["path"] for run in runs if "path" in run):
         history = history_of(path)
         for name in dict.fromkeys(key for point in history for key in point if key != "step"):
-            values = {p["step"]: v for p in history if isinstance(v := p.get(name), int | float)}
+            values = {p["step"]: p[name] for p in history if name in p}
             found.setdefault(name, []).append(values)
     return {name: _thinned(seeds) for name, seeds in found.items() if len(set().union(*seeds)) > 1}
 
