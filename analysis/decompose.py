@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,10 +106,27 @@ def _gram(D: Tensor, k: int) -> Svd | None:
     else:
         from scipy.linalg import eigh
 
-        found = eigh((D.T @ D).numpy(), subset_by_index=[n - k, n - 1], driver="evr", check_finite=False)
+        with blas_threads(torch.get_num_threads()):
+            found = eigh((D.T @ D).numpy(), subset_by_index=[n - k, n - 1], driver="evr", check_finite=False)
         squares, V = (torch.from_numpy(t) for t in found)
     S, V = squares.clamp_min(0).sqrt().flip(0), V.flip(1)
     return None if S[-1] <= 1e-7 * S[0] else Svd(D @ V / S, S, V, solver="gram")
+
+
+def blas_threads(count: int) -> Any:
+    """A context in which numpy and scipy use `count` threads: their own pool does not hear of torch's number.
+
+    Where other processes work too, its waiting threads turn a millisecond into a hundred.
+    """
+    return _pools().limit(limits=count)
+
+
+@lru_cache
+def _pools() -> Any:
+    import scipy.linalg  # noqa: F401  (a pool is seen once its library is loaded)
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
 
 
 def first(svd: Svd, k: int) -> Svd:

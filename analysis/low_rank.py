@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.decompose import EXTRA, Svd, orthonormal, random, ritz
+from analysis.decompose import EXTRA, Svd, blas_threads, orthonormal, random, ritz
 
 
 def low_rank(D: Tensor, enough: float) -> Svd | None:
@@ -39,7 +39,8 @@ def guess(base: Svd, change: Svd | None, k: int) -> tuple[Tensor, bool]:
         return guess(base.flip(), change and change.flip(), k)
     if change is not None and base.V.shape[1] >= 8 * (k + EXTRA):
         S, A, B = (t.cpu().numpy() for t in _coordinates(base, change))
-        C = _updated(S, A, B, k)
+        with blas_threads(1):  # a few columns: nothing to share
+            C = _updated(S, A, B, k)
         if C is not None:
             return base.V @ torch.from_numpy(C).to(base.V), True
     return torch.cat([base.V[:, : k + EXTRA].double(), random(base.V.T.double(), EXTRA)], 1), False

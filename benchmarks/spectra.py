@@ -9,12 +9,14 @@ Three sides take turns, and the table shows the medians of the rounds:
   full    the same table of measures as the fast side by full float64 SVDs of W0, W1 and the change
   fast    `analysis.spectra.measure` with the base on disk, its reading and hashing included
 
+One thread on a CPU is timed by the process's CPU seconds, which other programs disturb little; else by the wall clock.
 The floor of the fast side: hash W0, read its U and V, one product of W1 with ten vectors and back.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -63,11 +65,13 @@ def floor(W0: Tensor, W1: Tensor, folder: Path) -> Tensor:
 
 
 def timed(side: Callable[[], Any], device: str) -> float:
-    start = time.perf_counter()
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    start = clock()
     side()
     if device != "cpu":
         torch.accelerator.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def row(shape: tuple[int, int], kind: str, rounds: int, device: str, chosen: list[str]) -> str:
@@ -107,7 +111,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.device}, {args.threads} threads, median of {args.rounds} rounds; ms")
+    load = " ".join(f"{n:.1f}" for n in os.getloadavg())
+    about = f"torch {torch.__version__}, {args.device}, {args.threads} threads, load {load}"
+    print(f"{about}; median of {args.rounds} rounds; ms")
     names = "  ".join(f"{name:>9}" for name in ("paper", "full", "fast", "floor"))
     print(f"{'shape':11} {'change':7} {names}  {'x paper':>8} {'x full':>8}  {'cosine':>8}  solver")
     for text in args.shapes.split(","):
