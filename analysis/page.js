@@ -13,7 +13,7 @@ function readHash() {
   const first = key => (state[key] || [])[0];
   return { task: first("task"), model: first("model"), view: Number(first("view") || 0), cost: first("cost"), score: first("score"),
     methods: state.methods || null, find: first("find") || "", sort: first("sort") || "score", up: first("up") === "1", theme: first("theme") || "auto",
-    table: first("table") || "task", curve: first("curve") || "loss", row: first("row") || "" };
+    table: first("table") || "task", curve: first("curve") || "loss", weights: first("weights") || "", row: first("row") || "" };
 }
 function writeHash() {
   const keep = { ...S, view: S.view || "", up: S.up ? "1" : "", curve: S.curve === "loss" ? "" : S.curve, theme: S.theme === "auto" ? "" : S.theme, table: S.table === "task" ? "" : S.table };

@@ -121,11 +121,29 @@ function spectraSection(rows) {
   if (!known.length) return;
   const heads = [["intruders", "intruders"], ["intruders_right", "right"], ["share", "matrices with one"], ["changed", "changed"], ["matrices", "matrices"], ["effective_rank", "effective rank of the change"], ["stable_rank", "stable rank"], ["norm_ratio", "|change| / |weight|"]];
   const chart = el("div", {}), at = key => Number(key.slice("intruders_at_".length)), steps = r => Object.keys(r.spectra).filter(k => k.startsWith("intruders_at_")).sort((a, b) => at(a) - at(b));
-  place.replaceChildren(rowsTable(["method", ...heads.map(h => h[1])], known.map(r => [r.label, ...heads.map(([k]) => (r.spectra[k] === undefined ? "–" : Number(r.spectra[k].toPrecision(3))))])), chart);
+  const lost = known.filter(r => r.forgetting.measure), extra = lost.length ? [`forgetting (${unique(lost.map(r => r.forgetting.measure)).join(", ")})`] : [];
+  place.replaceChildren(rowsTable(["method", ...heads.map(h => h[1]), ...extra], known.map(r => [r.label, ...heads.map(([k]) => (r.spectra[k] === undefined ? "–" : Number(r.spectra[k].toPrecision(3)))), ...extra.map(() => r.forgetting.lost ?? "–")])), chart, ...layerMaps(known.filter(r => r.layers.layers)));
   const series = known.filter(r => steps(r).length > 1).slice(0, MOST).map(r => ({ name: r.label, points: [steps(r).map(at), steps(r).map(k => r.spectra[k])] }));
   if (series.length) lines(chart, series, { x: "threshold ε", y: "intruder dimensions" });
   const one = known[0].spectra;
   say("spectra", `Leading ${one.k} singular vectors of each matrix against the pretrained ones; an intruder is like none of them (|cosine| < ${one.epsilon}). Mean over seeds.`);
+}
+// Where in the model it happened: a map of layers and kinds of matrix for one row, which a picker chooses.
+function layerMaps(rows) {
+  if (!rows.length) return [];
+  if (!rows.some(r => r.label === S.weights)) S.weights = rows[0].label;
+  const own = rows.find(r => r.label === S.weights).layers, pick = el("div", { class: "row" }, picker("By layer", "weights", rows.map(r => r.label)));
+  const map = (title, key, text) => {
+    const most = Math.max(...own[key].flat(), 0) || 1;
+    const cell = (v, layer, kind) => {
+      const made = el("td", { class: "number heat above" }, v === null ? "" : text(v));
+      made.style.setProperty("--share", (70 * (v || 0) / most).toFixed(0) + "%");
+      return v === null ? el("td", {}) : onHover(made, `layer ${layer}, ${kind}`, `${title}: ${text(v)}`);
+    };
+    const lines = own.layers.map((layer, i) => el("tr", {}, el("th", { scope: "row" }, layer), ...own.kinds.map((kind, j) => cell(own[key][i][j], layer, kind))));
+    return el("div", { class: "scroll" }, el("h3", {}, title), el("table", { class: "map" }, el("thead", {}, el("tr", {}, el("th", {}, "layer"), ...own.kinds.map(k => el("th", { class: "number" }, k.replaceAll("_", " "))))), el("tbody", {}, ...lines)));
+  };
+  return [pick, el("div", { class: "maps" }, map("Intruders, mean over seeds", "intruders", v => Number(v.toPrecision(3))), map("Share of the squared change", "share", v => (100 * v).toFixed(1) + " %"))];
 }
 function parts(here) {
   const rows = here.filter(r => r.view === S.view && chosen(r));

@@ -51,6 +51,10 @@ def payload(runs: pd.DataFrame, title: str) -> dict[str, Any]:
     shown, settings = [*(c for c in columns if c in COSTS)], _settings(runs)
     problems = [*runs.attrs.get("problems", [])]
     matrices = sections.matrices(table, by_id, problems)
+    rows = [
+        _row(row, columns) | _behind([by_id[i] for i in dict.fromkeys(row["ids"])], shown, settings, problems)
+        for row in table.to_dict("records")
+    ]
     return {
         "title": title,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -59,10 +63,7 @@ def payload(runs: pd.DataFrame, title: str) -> dict[str, Any]:
         "columns": [_column(name) for name in columns],
         "costs": shown,
         "main": [c for c in MAIN_COSTS if c in columns],
-        "rows": [
-            _row(row, columns) | _behind([by_id[i] for i in dict.fromkeys(row["ids"])], shown, settings)
-            for row in table.to_dict("records")
-        ],
+        "rows": rows,
         "matrices": matrices,
         "overviews": sections.overviews(runs),
         "budgets": sections.budgets(table),
@@ -136,12 +137,16 @@ def _settings(runs: pd.DataFrame) -> list[str]:
     return [c for c in found if c.startswith("config_method") or runs[c].nunique(dropna=False) > 1]
 
 
-def _behind(runs: list[dict[Any, Any]], costs: list[str], settings: list[str]) -> dict[str, Any]:
+def _behind(
+    runs: list[dict[Any, Any]], costs: list[str], settings: list[str], problems: list[tuple[str, str]]
+) -> dict[str, Any]:
     """What stands behind one row: each finished run's id, seed, score and costs; the settings, curves and spectra."""
     done = sections.finished(runs)
     each = [[_cell(run["id"]), _cell(run["seed"]), *(number(run[c]) for c in ("score", *costs))] for run in done]
     known = {c.removeprefix("config_"): _cell(runs[0][c]) for c in settings if _cell(runs[0][c])}
-    return {"runs": each, "settings": known, "curves": sections.curves(done), "spectra": sections.spectra(done)}
+    weights = {"spectra": sections.spectra(done), "layers": sections.layers(done, problems)}
+    lost = {"forgetting": sections.forgetting(done)}
+    return {"runs": each, "settings": known, "curves": sections.curves(done)} | weights | lost
 
 
 def _absent(run: dict[Any, Any]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from analysis.plots_runs import history_of
 
 POINTS = 60  # of a learning curve
 SPECTRA = "spectra_"
+LAYERS, KINDS = 128, 16  # of a model, at most
 
 
 def number(value: Any, digits: int = 6) -> float | None:
@@ -160,3 +162,47 @@ def spectra(runs: Iterable[Run]) -> dict[str, float]:
             if number(run[key]) is not None:
                 found.setdefault(key.removeprefix(SPECTRA), []).append(run[key])
     return {key: float(f"{sum(values) / len(values):.4g}") for key, values in found.items()}
+
+
+def forgetting(runs: Iterable[Run]) -> dict[str, Any]:
+    """The mean over a row's runs of what the model lost of its pretraining, and its measure; empty without."""
+    known = [run for run in runs if type(run.get("forgetting_forgetting")) in (int, float)]
+    lost = [run["forgetting_forgetting"] for run in known if number(run["forgetting_forgetting"]) is not None]
+    return (
+        {"lost": number(sum(lost) / len(lost), 4), "measure": str(known[0].get("forgetting_measure"))} if lost else {}
+    )
+
+
+def layers(runs: Iterable[Run], problems: Problems) -> dict[str, Any]:
+    """Intruders and share of the squared change in each layer and kind of matrix, means over a row's runs; empty without.
+
+    From the spectra.parquet beside a record whose `spectra` speak of a change. {"layers": [...], "kinds": [...], "intruders":
+    [[...], ...], "share": [[...], ...]}: a row per layer, null where it has no such matrix.
+    """
+    found = [part for run in runs if run.get("spectra_changed") if (part := _matrices_of(run, problems)) is not None]
+    if not found:
+        return {}
+    cells = pd.concat(found).groupby(["layer", "kind"], sort=False)[["intruders", "share"]].sum() / len(found)
+    kinds = list(dict.fromkeys(cells.index.get_level_values("kind")))[:KINDS]
+    grids = {name: cells[name].unstack("kind")[kinds].sort_index().iloc[:LAYERS] for name in cells}
+    shown = {name: [[number(v, 3) for v in row] for row in grid.to_numpy()] for name, grid in grids.items()}
+    return {"layers": [int(i) for i in grids["share"].index], "kinds": kinds} | shown
+
+
+def _matrices_of(run: Run, problems: Problems) -> pd.DataFrame | None:
+    """layer, kind, intruders and share of each matrix of one run, with the k and epsilon of its record."""
+    path = Path(run["path"]).with_name("spectra.parquet")
+    if not path.is_file():
+        return None
+    try:
+        table = pd.read_parquet(path, columns=["layer", "kind", "cos_left", "norm", "norm_ratio"])
+        k, epsilon = int(run["spectra_k"]), float(run["spectra_epsilon"])
+        counts = [int((np.asarray(c[:k], float) < epsilon).sum()) for c in table["cos_left"]]
+        squares = (table["norm"].astype(float) * table["norm_ratio"].astype(float)) ** 2
+        share = squares / squares.sum()
+        return pd.DataFrame({"layer": table["layer"].astype(int), "kind": table["kind"].astype(str)}).assign(
+            intruders=counts, share=share
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        problems.append((str(path), f"{type(error).__name__}: {error}"))
+        return None

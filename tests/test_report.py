@@ -188,15 +188,36 @@ def rich(folder):
         software = {"torch": "9" if method == "full" else "2"}
         facts = {"device": "cpu", "memory": "counted", "software": software}
         history = [{"step": float(s), "loss": 1 / (1 + s), "rank": 64.0 - s} for s in range(5)]
-        spectra = {"matrices": 4, "intruders": 7, "k": 10, "epsilon": 0.5, "intruders_at_0.3": 1, "intruders_at_0.5": 7}
-        record = synthetic(method, task, seed, environment=facts, history=history, spectra=spectra)
+        lost = {"forgetting": 0.25, "measure": "pseudo-loss"}
+        spectra = {
+            "matrices": 4,
+            "changed": 4,
+            "intruders": 7,
+            "k": 10,
+            "epsilon": 0.5,
+            "intruders_at_0.3": 1,
+            "intruders_at_0.5": 7,
+        }
+        record = synthetic(method, task, seed, environment=facts, history=history, spectra=spectra, forgetting=lost)
         record.score = float(right[method].mean())
         record.metrics = {"val/accuracy": record.score}
         save_predictions(record, folder, right[method], offset=100 if method == "odd" else 0)
+        if method == "lora":
+            save_spectra(record, folder)
         if (method, task) == ("lora", "rte"):
             worse = synthetic(method, task, seed, lr=9.0, environment=facts, metrics={"val/accuracy": 0.1}, score=0.2)
             worse.save(folder)
     return folder
+
+
+def save_spectra(record, folder, layers=3):
+    """Two matrices per layer with two intruders each; the change is in the first layer only."""
+    rows = [
+        {"name": f"{i}.{kind}", "layer": i, "kind": kind, "cos_left": [0.9, 0.1, 0.2, 0.95], "norm": 2.0,
+         "norm_ratio": 0.5 * (i == 0)}
+        for i in range(layers) for kind in ("query", "value<b>")
+    ]  # fmt: skip
+    pd.DataFrame(rows).to_parquet(folder / record.id / "spectra.parquet", index=False)
 
 
 def save_predictions(record, folder, right, offset):
@@ -228,6 +249,17 @@ def test_the_matrix_of_a_task_says_what_it_compared_and_what_not(whole):
     assert "differ in software" in overview["reason"], "over tasks the guard refuses as well"
 
 
+def test_layers_are_means_over_seeds_and_a_broken_table_of_them_is_named(whole, tmp_path):
+    data = analysis.report.payload(whole[0], "t")
+    (lora,) = [r for r in data["rows"] if r["task"] == "rte" and r["label"] == "lora (train_lr=0.001)"]
+    assert lora["layers"]["layers"] == [0, 1, 2] and lora["layers"]["kinds"] == ["query", "value<b>"]
+    assert lora["layers"]["intruders"] == [[2, 2]] * 3 and lora["layers"]["share"] == [[0.5, 0.5], [0, 0], [0, 0]]
+    record = synthetic(spectra={"matrices": 6, "changed": 6, "k": 10, "epsilon": 0.5})
+    (record.save(tmp_path).parent / "spectra.parquet").write_text("PAR1")
+    broken = analysis.report.payload(analysis.load(tmp_path), "t")
+    assert broken["rows"][0]["layers"] == {} and broken["problems"][0][0].endswith("spectra.parquet")
+
+
 @browser
 def test_every_section_is_drawn(whole, tmp_path):
     dom = visit(whole[1], tmp_path, "#task=rte&curve=rank&row=dora")
@@ -240,6 +272,9 @@ def test_every_section_is_drawn(whole, tmp_path):
     curves = re.search('<section id="learning"(.*?)</section>', dom, re.S).group(1)
     assert ">rank</text>" in curves and re.search(r'<option value="rank" selected="">', curves)
     assert "Runs of dora: rte" in dom
+    maps = re.search('<section id="spectra"(.*?)</section>', dom, re.S).group(1)
+    assert "Share of the squared change" in maps and "50.0 %" in maps and "value&lt;b&gt;" in maps
+    assert "forgetting (pseudo-loss)" in maps and "<td>0.25</td>" in maps
 
 
 @browser
