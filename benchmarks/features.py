@@ -29,7 +29,7 @@ GOAL = 10.0
 BIG = {
     "bert": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536),
     "llama": dict(hidden_size=256, num_hidden_layers=8, num_attention_heads=4, intermediate_size=1024),
-    "vit": dict(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, image_size=64),
+    "vit": dict(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, patch_size=2),
 }
 CELLS = (
     ("linear_probe", "bert", "sst2"),
