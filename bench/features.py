@@ -105,7 +105,7 @@ def _recipe(ready: Prepared, config: Config, plan: Plan) -> str:
     trained = {id(p) for p in ready.model.parameters() if trains(p)}
     for tensor in model_tensors(ready.model):
         for storage in storages(tensor) if id(tensor) not in trained else ():
-            weights.update(memoryview(torch.empty(0, dtype=torch.uint8).set_(storage.cpu()).numpy()))  # type: ignore[call-overload]
+            weights.update(torch.empty(0, dtype=torch.uint8).set_(storage.cpu()).numpy().data)  # type: ignore[call-overload]
     assert ready.prefix is not None
     parts = {
         "weights": weights.hexdigest(),
@@ -118,5 +118,6 @@ def _recipe(ready: Prepared, config: Config, plan: Plan) -> str:
     return digest(parts)
 
 
-def _off(reason: str) -> None:
+def _off(reason: str) -> dict[str, Any] | None:
     log.info("no features are kept: %s", reason)
+    return None

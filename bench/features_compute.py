@@ -81,8 +81,8 @@ class Computing:
         row = encoded[i]
         arrays = {name: list(value.shape) for name, value in row.items() if isinstance(value, np.ndarray)}
         hidden = self._hidden(self._batch(encoded, [row]))
-        about = dict(width=hidden.shape[-1], dtype=str(hidden.dtype).removeprefix("torch."), arrays=arrays)
-        positions = hidden.shape[1]
+        dtype, positions = str(hidden.dtype).removeprefix("torch."), hidden.shape[1]
+        about: Any = dict(width=hidden.shape[-1], dtype=dtype, arrays=arrays)
         if hidden.dim() == 2:
             return [Plan(first=False, flat=True, positions=1, **about)]
         if hidden.dim() != 3 or encoded.length(i) not in (0, positions):

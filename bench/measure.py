@@ -128,7 +128,7 @@ def mark_cached(record: Record, phases: Phases) -> None:
     """Where features were kept: move what that made cheaper out of the columns that tables and figures read, to `cached_...`.
 
     What stays was taken without them: FLOPs, and bytes of weights, gradients, optimizer and activations. `time.features` are
-    the seconds it took to compute them, 0 where they were there.
+    the seconds it took to compute them, or to read them where they were there.
     """
     record.time["features"] = phases.seconds.get("features")
     if record.time["features"] is None:

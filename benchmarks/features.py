@@ -4,7 +4,7 @@ python -m benchmarks.features [--rounds 5] [--rows 256]
 
 Each line is one method on one random model: seconds of an epoch of training with the scoring of val after it, without
 features (`again`), with them (`kept`), the seconds to compute them once (`once`), and the ratios again / kept and
-(once + kept) / again, that of the first epoch; medians of `--rounds`. The floor of `kept` is what is trained, so that a
+(once + kept) / again, that of the first epoch; medians of `--rounds`, but `once` of one computation, of the test rows too. The floor of `kept` is what is trained, so that a
 method that trains the upper half of the blocks gains no more than their half. Goal: 10x where only the head is trained.
 """
 
