@@ -1,4 +1,4 @@
-"""The commands around spectra: spectra, sizes, forgetting, causal, dynamics, continual."""
+"""The commands around spectra: spectra, sizes, findings, forgetting, causal, dynamics, continual."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def add(commands: Any, **options: Any) -> None:
     for name, run, text in (
         ("spectra", _spectra, "intruder dimensions: of every ok run, or of --base and --tuned"),
         ("sizes", _sizes, "intruders with every change scaled to the same size: rank or size?"),
+        ("findings", _findings, "all of it per setting, with intervals over seeds, and correlations over runs"),
         ("forgetting", _forgetting, "loss on a pretraining-like text (images: a probe's accuracy), before and after"),
         ("causal", _causal, "scale the top intruder of each matrix, and a neighbour: score and forgetting"),
         ("dynamics", _dynamics, "intruders over the steps of a run with spectra_every=N, and the life of one"),
@@ -88,6 +89,12 @@ def _sizes(args: argparse.Namespace) -> str:
     from analysis.sizes import of_records
 
     return of_records(args.runs, _numbers("--sizes", args.sizes), args.root, args.device, args.k)[0]
+
+
+def _findings(args: argparse.Namespace) -> str:
+    from analysis.findings import text
+
+    return text(args.runs)
 
 
 def _numbers(option: str, text: str) -> list[float]:
