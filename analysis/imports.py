@@ -21,8 +21,8 @@ SELECTED, GRIDS = "vtab1k_selected.csv", "vtab1k_grid_summary.csv"
 UNKNOWN_BYTES = 99_999_999  # what the peft project writes where a file could not be measured
 TEST_ROWS = {"MetaMathQA": 1319}  # GSM8K's test split
 BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, RecursionError)
-_COLUMNS = ("dataset", "group", "method", "grid_size", "hyper_parameters", "inserted_parameters", "val200_top1")
-_COLUMNS += ("test_top1_final_epoch", "test_top1_best_epoch")
+_COLUMNS: tuple[str, ...] = ("dataset", "group", "method", "grid_size", "hyper_parameters", "inserted_parameters")
+_COLUMNS += ("val200_top1", "test_top1_final_epoch", "test_top1_best_epoch")
 _STATUS = {"success": "ok", "failed": "failed", "canceled": "interrupted", "running": "interrupted"}
 
 

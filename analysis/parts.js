@@ -85,7 +85,7 @@ function overTasks() {
   for (const data of blocks) {
     const left = data.left.length ? ` Left out, as they did not finish every task: ${data.left.join(", ")}.` : "";
     place.append(el("h3", {}, `Mean ranks over ${plural(data.tasks.length, "task")}`));
-    if (data.reason) { place.append(el("p", { class: "notice" }, `Not compared: ${data.reason}.${left}`)); continue; }
+    if (data.reason) { place.append(el("p", { class: "notice" }, `Not compared: ${data.reason.replace(/[.]+$/, "")}.${left}`)); continue; }
     const ranks = place.appendChild(el("div", {})), square = place.appendChild(el("div", { class: "scroll" }));
     diagram(ranks, data);
     ranks.after(el("p", { class: "quiet" }, `1 is best; a bar joins methods that Nemenyi's test cannot tell apart at 5 %. Friedman p = ${data.friedman}.${left} Below: Wilcoxon's test of each pair, Holm over all; ≠ where it tells them apart.` +

@@ -10,10 +10,10 @@ function node(space, tag, attributes, ...children) {
 const el = (tag, attributes, ...children) => node(false, tag, attributes, ...children);
 const draw = (tag, attributes, ...children) => node(true, tag, attributes, ...children);
 
-function scaled(value, base, names) {
+function scaled(value, base, names, digits = 3) {
   let power = 0;
   while (Math.abs(value) >= base && power < names.length - 1) { value /= base; power += 1; }
-  const text = Math.abs(value) >= 100 || Number.isInteger(value) ? value.toFixed(0) : String(Number(value.toPrecision(3)));
+  const text = (digits <= 3 && Math.abs(value) >= 100) || Number.isInteger(value) ? value.toFixed(0) : String(Number(value.toPrecision(digits)));
   return [text, names[power]];
 }
 function write(value, unit) {
@@ -73,11 +73,18 @@ function placeNames(points, box) {
   }
 }
 
+// Ticks in so many digits that no two read alike: costs may differ in the fourth.
+function tickTexts(ticks, unit) {
+  const bases = { bytes: [1024, ["B", "KiB", "MiB", "GiB", "TiB"]] }, texts = ticks.map(t => (t === 0 ? "0" : write(t, unit)));
+  for (let digits = 4; bases[unit] && new Set(texts).size < ticks.length && digits < 10; digits += 1) ticks.forEach((t, i) => { texts[i] = t === 0 ? "0" : scaled(t, ...bases[unit], digits).join(" "); });
+  return texts;
+}
 function axes(svg, x, y, box, titles) {
   for (const t of y.ticks) svg.append(draw("line", { class: "grid", x1: box.l, x2: box.r, y1: y.at(t), y2: y.at(t) }),
     draw("text", { class: "tick", x: box.l - 6, y: y.at(t) + 4, "text-anchor": "end" }, t));
-  for (const t of x.ticks) svg.append(draw("line", { class: "grid", x1: x.at(t), x2: x.at(t), y1: box.t, y2: box.b }),
-    draw("text", { class: "tick", x: x.at(t), y: box.b + 16, "text-anchor": "middle" }, t === 0 ? "0" : write(t, titles.unit)));
+  const texts = tickTexts(x.ticks, titles.unit);
+  for (const [i, t] of x.ticks.entries()) svg.append(draw("line", { class: "grid", x1: x.at(t), x2: x.at(t), y1: box.t, y2: box.b }),
+    draw("text", { class: "tick", x: x.at(t), y: box.b + 16, "text-anchor": "middle" }, texts[i]));
   if (x.zero) svg.append(draw("line", { class: "zero", x1: x.start - 4, x2: x.start - 4, y1: box.t, y2: box.b }));
   svg.append(draw("text", { x: (box.l + box.r) / 2, y: box.b + 38, "text-anchor": "middle" }, titles.x + (x.log ? ", log scale" : "")),
     draw("text", { x: -(box.t + box.b) / 2, y: 14, transform: "rotate(-90)", "text-anchor": "middle" }, titles.y));

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -28,7 +29,7 @@ class Sums:
     value: Callable[[Array], Array]
 
 
-def sums(metric: str, predictions: Mapping[str, Any], classes: int = 0) -> Sums:
+def sums(metric: str, predictions: pd.DataFrame | Mapping[str, Any], classes: int = 0) -> Sums:
     """The metric of stored predictions, a table or its columns. `classes`: their number, where the rows do not show all.
 
     Raises ValueError for a metric that is no function of label, prediction and score.
@@ -44,7 +45,7 @@ def sums(metric: str, predictions: Mapping[str, Any], classes: int = 0) -> Sums:
     raise ValueError(f"metric {metric!r} cannot be computed from stored predictions; possible: {', '.join(METRICS)}")
 
 
-def _per_row(metric: str, predictions: Mapping[str, Any]) -> Array:
+def _per_row(metric: str, predictions: pd.DataFrame | Mapping[str, Any]) -> Array:
     column = {"exact_match_flexible": "prediction_flexible", "accuracy_norm": "prediction_norm"}.get(
         metric, "prediction"
     )

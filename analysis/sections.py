@@ -185,7 +185,7 @@ def layers(runs: Iterable[Run], problems: Problems) -> dict[str, Any]:
     cells = pd.concat(found).groupby(["layer", "kind"], sort=False)[["intruders", "share"]].sum() / len(found)
     kinds = list(dict.fromkeys(cells.index.get_level_values("kind")))[:KINDS]
     grids = {name: cells[name].unstack("kind")[kinds].sort_index().iloc[:LAYERS] for name in cells}
-    shown = {name: [[number(v, 3) for v in row] for row in grid.to_numpy()] for name, grid in grids.items()}
+    shown = {str(name): [[number(v, 3) for v in row] for row in grid.to_numpy()] for name, grid in grids.items()}
     return {"layers": [int(i) for i in grids["share"].index], "kinds": kinds} | shown
 
 

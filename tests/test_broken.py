@@ -162,3 +162,10 @@ def test_an_older_schema_is_migrated_and_a_later_one_named(tmp_path):
         runs = analysis.load(tmp_path)
     assert sorted(runs["id"]) == ["0", "1", "2"]
     assert all("this version reads" in reason for _, reason in runs.attrs["problems"])
+
+
+def test_latex_of_hard_names_has_no_bare_special_character(tmp_path):
+    synthetic(r"a_b & 50% #1 {x} $y$ ~^\z").save(tmp_path)
+    line = next(row for row in all_forms(analysis.load(tmp_path))[-1].splitlines() if "50" in row and "&" in row)
+    assert r"a\_b \& 50\% \#1 \{x\} \$y\$ \textasciitilde{}\textasciicircum{}\textbackslash{}z" in line
+    assert line.replace(r"\&", "").count("&") == 8 and "%" not in line.replace(r"\%", "")
