@@ -1,9 +1,9 @@
 """Seconds of a training step of each method, as a ratio to `peft`'s implementation of it or else to full fine-tuning.
 
-python -m benchmarks.methods [--methods lora,dora] [--rounds 5] [--device cpu]
+python -m benchmarks.methods [--methods lora,dora] [--rounds 5] [--steps 10] [--device cpu]
 
 An encoder of 6 layers x 384 with random weights (BERT), 16 rows of 64 tokens, AdamW. Both sides take turns step by step in
-one process, so that a slow moment hits both; a round is 10 steps of each, and the table shows the median of the rounds'
+one process, so that a slow moment hits both; a round is --steps steps of each, and the table shows the median of the rounds'
 ratios with the lowest and highest. The floor of any method is the forward of the frozen model, shown in its own column.
 """
 
@@ -106,7 +106,7 @@ def forward(rows: dict[str, torch.Tensor], device: str) -> Callable[[], None]:
     return step
 
 
-def ratios(sides: list[Callable[[], None]], rounds: int, device: str, steps: int = 10) -> Iterator[list[float]]:
+def ratios(sides: list[Callable[[], None]], rounds: int, steps: int, device: str) -> Iterator[list[float]]:
     """For each round the median seconds of each side, taken in turns."""
     for side in sides:
         for _ in range(3):
@@ -126,12 +126,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", help="names, comma-separated; all by default")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="of each side in a round")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    names = args.methods.split(",") if args.methods else sorted(set(METHODS) - {"hf", "compose"})
+    names = args.methods.split(",") if args.methods else sorted(set(METHODS) - {"hf", "compose", "zero_shot"})
     rows = batch(args.device)
     print(
-        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {args.rounds} rounds of 10 steps"
+        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {args.rounds} x {args.steps} steps"
     )
     print(f"{'method':18} {'against':12} {'ms':>8} {'ratio':>7} {'lowest':>7} {'highest':>8} {'x forward':>10}")
     for name in names:
@@ -142,7 +143,7 @@ def main() -> None:
         except Unsupported as reason:
             print(f"{name:18} does not act on this encoder: {reason}")
             continue
-        found = list(ratios(sides, args.rounds, args.device))
+        found = list(ratios(sides, args.rounds, args.steps, args.device))
         to_other, to_floor = [a / b for a, b, _ in found], [a / c for a, _, c in found]
         own = statistics.median(a for a, _, _ in found) * 1000
         values = (statistics.median(to_other), min(to_other), max(to_other))

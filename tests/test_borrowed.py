@@ -18,7 +18,8 @@ def test_rows_made_from_rows_of_val_are_left_out():
     origin = [*rows.splits["val"]["question"], *compose_task("gsm8k").load(STANDIN).splits["train"]["question"]]
     held = {plain(q) for q in rows.splits["val"]["question"]}
     left = [i for i in range(2000) if plain(origin[i % len(origin)]) not in held]
-    ids = [i - min(rows.splits["train"]["row_id"]) + left[0] for i in rows.splits["train"]["row_id"]]
+    ids = list(rows.splits["train"]["row_id"])
+    ids = [i - min(ids) + left[0] for i in ids]
     assert ids == left and 0 < len(left) < 2000
     assert rows.source["other"]["train"]["left_out"] == f"{2000 - len(left)} of 2000 rows made from rows of val or test"
     assert rows.splits["train"].column_names == ["query", "response", "row_id"]
