@@ -92,7 +92,7 @@ def text(folder: Path) -> str:
     from analysis.runs import load
 
     runs = load(folder).merge(sizes(folder), on="id", how="left")
-    scaled = {f"at {c.replace('_', ' ')}": c for c in runs if c.startswith("size_")}
+    scaled = {f"at {c.replace('_', ' ')}": c for c in map(str, runs) if c.startswith("size_")}
     parts = []
     for (task, model), part in runs[runs["status"] == "ok"].groupby(["task", "model"], sort=False):
         table = settings(part, COLUMNS | scaled)
@@ -115,7 +115,7 @@ def _correlations(runs: pd.DataFrame) -> Iterator[str]:
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    names = [c for c in table if f"{c} ±" in table]
+    names = [c for c in map(str, table) if f"{c} ±" in table]
     lines = [f"| setting | n | {' | '.join(names)} |", "| --- " * (len(names) + 2) + "|"]
     for _, row in table.iterrows():
         cells = [_cell(row[c], row[f"{c} ±"]) for c in names]
