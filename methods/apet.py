@@ -15,24 +15,30 @@ from methods.architectures import role
 from methods.base import Adapted, Batch, Method, Unsupported, adapt_linears, new_parameter, register
 
 
-class SparseChange(torch.autograd.Function):
-    """x D^T for the sparse D (out, in) of `values` (k,) at the flat positions `index` (k,).
+class SparselyChanged(torch.autograd.Function):
+    """x (W + D)^T + b for the sparse D (out, in) of `values` (k,) at the flat positions `index` (k,) of a frozen W.
 
-    D is built in forward and again in backward and is not kept; neither is its dense gradient, of which k entries count.
+    W + D is built in forward and again in backward and is not kept; neither is its dense gradient, of which k entries count.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(x, values, index)
-        ctx.shape = shape
-        return F.linear(x, dense(values, index, shape))
+    def forward(ctx: Any, x: Tensor, values: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, values, index, weight)
+        return F.linear(x, changed(weight, values, index), None if bias is None else bias.to(values.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:  # type: ignore[override]
-        x, values, index = ctx.saved_tensors
-        back = (grad @ dense(values, index, ctx.shape).to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:  # type: ignore[override]
+        x, values, index, weight = ctx.saved_tensors
+        back = grad @ changed(weight, values, index).to(grad.dtype) if ctx.needs_input_grad[0] else None
         full = grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)
-        return back, full.flatten()[index].to(values.dtype), None, None
+        return None if back is None else back.to(x.dtype), full.flatten()[index].to(values.dtype), None, None, None
+
+
+def changed(weight: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    """W + D in the dtype of `values`."""
+    whole = weight.detach().to(values.dtype, copy=True)
+    whole.view(-1).index_add_(0, index, values.detach())
+    return whole
 
 
 def dense(values: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -52,9 +58,9 @@ class SparseLinear(Adapted):
         self.register_buffer("index", index.to(self.values.device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        shape = (self.base.out_features, self.base.in_features)
-        return y + SparseChange.apply(x.to(self.values.dtype), self.values, self.index, shape).to(y.dtype)  # type: ignore[no-untyped-call]
+        base = self.base
+        y = SparselyChanged.apply(x.to(self.values.dtype), self.values, self.index, base.weight, base.bias)  # type: ignore[no-untyped-call]
+        return y.to(x.dtype) if y.dtype == self.values.dtype else y  # under autocast it has that dtype already
 
     def weight(self) -> Tensor:
         return self.base.weight + dense(self.values, self.index, (self.base.out_features, self.base.in_features))
