@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import signal
 import sys
 import time
@@ -78,9 +79,11 @@ def command_line() -> int:
     from bench.suggest import suggest
     from bench.table import exit_code, seen, table
 
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["RANK"]):
+        return _follow()
     messages = _Tee(sys.stderr)
     try:
-        with contextlib.redirect_stderr(messages):
+        with contextlib.redirect_stderr(messages), _ranks():
             main()
             _second_pass()
     except SystemExit as stop:
@@ -90,6 +93,26 @@ def command_line() -> int:
     if seen:
         print(table(seen), flush=True)
     return exit_code(seen)
+
+
+def _ranks() -> Any:
+    """torchrun's other processes, where it started any."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return contextlib.nullcontext()
+    from bench.distributed import ranks
+
+    return ranks()
+
+
+def _follow() -> int:
+    """A rank of torchrun that takes part in what rank 0 computes."""
+    from bench.distributed import ranks, work
+    from bench.run import follow
+    from bench.train import stoppable
+
+    with stoppable() as stop, ranks():
+        work(lambda values: follow(values, stop))
+    return 0
 
 
 def _second_pass() -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bench.distributed import share
+
 if TYPE_CHECKING:
     from bench.encoded import Encoded
     from methods.base import Batch
@@ -38,10 +40,11 @@ class TrainBatches:
         return self.encoded.batch(self.indices(step))
 
     def micro(self, step: int, accumulate: int) -> list[Batch]:
-        """Step `step` in `accumulate` parts of nearly equal numbers of rows."""
+        """Step `step` in `accumulate` parts of nearly equal numbers of rows; of several devices, this one's rows."""
         rows = self.indices(step)
         size = math.ceil(len(rows) / accumulate)
-        return [self.encoded.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+        parts = [share(rows[i : i + size]) for i in range(0, len(rows), size)]
+        return [self.encoded.batch(part) for part in parts if part]
 
     def __iter__(self) -> Iterator[Batch]:
         step = 0
@@ -68,8 +71,8 @@ def longest(encoded: Encoded, batch_size: int) -> Batch:
 
 
 def eval_batches(encoded: Encoded, batch_size: int) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
-    """Every row once, longest first: (batch, the rows as they are in the data set)."""
-    order = sorted(range(len(encoded)), key=encoded.length, reverse=True)
+    """Every row once, longest first: (batch, the rows as they are in the data set). Of several devices, this one's rows."""
+    order = share(sorted(range(len(encoded)), key=encoded.length, reverse=True))
     for i in range(0, len(order), batch_size):
         part = order[i : i + batch_size]
         yield encoded.batch(part), [encoded.rows[j] for j in part]

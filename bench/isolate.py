@@ -35,8 +35,11 @@ def isolated(config: Config) -> bool:
     """Whether this run gets its own process: as `isolate` says, by default where it trains on a GPU."""
     import torch
 
+    from bench.distributed import launched
+
     wish = str(config.isolate).lower()
-    return wish == "true" or (wish == "auto" and config.device != "cpu" and torch.cuda.is_available())
+    fits = config.device != "cpu" and torch.cuda.is_available() and launched() == 1
+    return wish == "true" or (wish == "auto" and fits)
 
 
 def in_a_process(config: Config, record: Record, since: float | None) -> Record:

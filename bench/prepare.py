@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bench import distributed
 from bench.batches import TrainBatches, eval_batches
 from bench.config import Config
 from bench.encoded import Encoded, encode_splits
@@ -46,7 +47,7 @@ class Prepared:
         return TrainBatches(self.encoded["train"], batch_size=cfg.batch_size, seed=config.seed, buckets=cfg.buckets)
 
     def predict(self, split: str, config: Config, stop: Stop | None = None) -> pd.DataFrame:
-        """Predictions for each row of `split`, in the order of row ids."""
+        """Predictions for each row of `split`, in the order of row ids; several devices share the rows."""
 
         def batches() -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
             for batch, rows in eval_batches(self.encoded[split], config.train.eval_batch_size):
@@ -56,10 +57,12 @@ class Prepared:
 
         training = self.model.training
         self.model.eval()
-        with torch.inference_mode(), autocast(config.train.precision, self.device):
-            table = self.task.task_of(split).predict(self.model, batches(), self.processor)
+        table = None
+        with distributed.together(), torch.inference_mode(), autocast(config.train.precision, self.device):
+            if distributed.share(range(len(self.encoded[split]))):
+                table = self.task.task_of(split).predict(self.model, batches(), self.processor)
         self.model.train(training)
-        return table.sort_values("row_id", ignore_index=True)
+        return distributed.gathered(table).sort_values("row_id", ignore_index=True)
 
 
 def prepare(config: Config, rows: Rows, device: torch.device) -> Prepared:
@@ -106,4 +109,6 @@ def find_device(config: Config) -> torch.device:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    return torch.device(name)
+    return torch.device(
+        f"cuda:{torch.cuda.current_device()}" if name == "cuda" and distributed.launched() > 1 else name
+    )

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bench import measure
+from bench import distributed, measure
 from bench.batches import TrainBatches, longest
-from bench.config import Config
+from bench.config import Config, from_record
 from bench.isolate import in_a_process, isolated
 from bench.ledger import Claim, Claimed
 from bench.model import counts, trained_state
@@ -61,6 +61,15 @@ def run(config: Config, *, since: float | None = None) -> Record:
     except Exception as error:  # the data, the tracker or the disk: nothing of the run itself
         record.status, record.reason, record.traceback = "failed", _sentence(error), traceback.format_exc()
     return save(record, results)
+
+
+def follow(values: dict[str, Any], stop: Stop) -> None:
+    """What the other ranks of torchrun do of the run that rank 0 computes and keeps. Raises what stops it."""
+    config = from_record(values, values["classes"])
+    record = _new_record(config)
+    rows = config.task.load(config.data, config.seed)
+    record.data, record.id = rows.source, identity(record.config, rows.source)
+    _run(record, config, rows, Tracker(), stop)
 
 
 def save(record: Record, results: Path) -> Record:
@@ -114,25 +123,29 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Tracker, stop: Sto
     record.environment = measure.environment(device)
     costs = Costs(device)
     with costs.peak_of_failure(record):
-        with costs.phases("setup"):
-            ready = prepare(config, rows, device)
-            batches = ready.train_batches(config)
-            record.model_source = ready.source
-            loop = Loop(ready.model, ready.method, config.train, steps=_steps(config, batches), device=device)
-            for key, value in counts(ready.model, ready.head).items():
-                setattr(record, key, value)
-            cost = _probe(ready, loop, config)
-        seed_everything(config.seed)
-        session = Session(record, config, ready, loop, costs, tracker, stop)
-        session.resume()
-        scored = session.go(batches, cost["activations"])
+        with distributed.leading(config, record.config):
+            with costs.phases("setup"), distributed.together():
+                ready = prepare(config, rows, device)
+                batches = ready.train_batches(config)
+                record.model_source = ready.source
+                loop = Loop(ready.model, ready.method, config.train, steps=_steps(config, batches), device=device)
+                for key, value in counts(ready.model, ready.head).items():
+                    setattr(record, key, value)
+                cost = _probe(ready, loop, config)
+            seed_everything(config.seed)
+            session = Session(record, config, ready, loop, costs, tracker, stop)
+            session.resume()
+            scored = session.go(batches, cost["activations"])
+        if distributed.place():
+            return
         kept = counts(ready.model, ready.head)  # after training less may be left: a dropped MLP, pruned ranks
         record.stored_params, record.stored_bytes = kept["stored_params"], kept["stored_bytes"]
         record.metrics = {f"{split}/{k}": v for split, (_, metrics) in scored.items() for k, v in metrics.items()}
         record.metrics |= {f"last_val/{k}": v for k, v in loop.progress.last_metrics.items()}
         record.steps, record.metric = loop.progress.step, ready.task.metric
         record.score = record.metrics.get(f"test/{ready.task.metric}")  # none while the test split is locked
-        record.time, record.energy = measure.times(costs.phases, costs.steps), costs.energy.read()
+        record.time = measure.times(costs.phases, costs.steps)
+        record.energy = costs.energy.read() if distributed.launched() == 1 else {}  # one counter sees one device
         measure.mark_cached(record, costs.phases)
         record.flops = _flops(cost, loop, batches, config)
         record.data["truncated"] = {split: encoded.truncated for split, encoded in ready.encoded.items()}
@@ -206,11 +219,12 @@ def _steps(config: Config, batches: TrainBatches) -> int:
 
 
 def _probe(ready: Prepared, loop: Loop, config: Config) -> dict[str, int]:
-    """What a micro-batch of the longest rows costs; `tokens` of it scale the whole training's FLOPs."""
-    size = -(-config.train.batch_size // config.train.accumulate)
+    """What a device's micro-batch of the longest rows costs; its `size` scales the whole training's FLOPs."""
+    devices = distributed.size()
+    size = -(-config.train.batch_size // config.train.accumulate // devices)
     batch = to_device(longest(ready.encoded["train"], size), loop.device)
     cost = measure.probe(ready.model, batch, loop.loss, backward=ready.method.backward)
-    return cost | {"size": _elements(batch)}
+    return cost | {"size": _elements(batch), "devices": devices}
 
 
 def _flops(cost: dict[str, int], loop: Loop, batches: TrainBatches, config: Config) -> dict[str, int | None]:
@@ -218,8 +232,8 @@ def _flops(cost: dict[str, int], loop: Loop, batches: TrainBatches, config: Conf
     seen = sum(_padded(batches, step) for step in range(loop.progress.step))
     total = round(cost["train_step"] * seen / cost["size"])
     return {
-        "train_step": cost["train_step"] * config.train.accumulate if loop.steps else 0,
-        "forward": cost["forward"],
+        "train_step": cost["train_step"] * config.train.accumulate * cost["devices"] if loop.steps else 0,
+        "forward": cost["forward"] * cost["devices"],
         "total_train": total,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench import checkpoint, measure
+from bench import checkpoint, distributed, measure
 from bench.batches import TrainBatches
 from bench.config import Config
+from bench.model import trained_state
 from bench.prepare import Prepared
 from bench.record import Record
 from bench.track import Tracker
-from bench.train import Every, Interrupted, Loop, Stop, select, train
+from bench.train import Interrupted, Loop, Stop, select, train
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,6 +56,19 @@ class Costs:
             raise
 
 
+class Every:
+    """True once each `seconds`; never where `seconds` is null."""
+
+    def __init__(self, seconds: float | None):
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def __call__(self) -> bool:
+        if self.seconds is None or time.monotonic() - self.last < self.seconds:
+            return False
+        self.last = time.monotonic()
+        return True
+
+
 @dataclass
 class Session:
     """One training from its start, or its checkpoint, to the scores of val and test."""
@@ -72,7 +87,7 @@ class Session:
         self.due = Every(self.config.train.checkpoint_seconds)
         self.scored: dict[int, Scored] = {}  # the last scoring of val, by step
         self.dynamics = None
-        if self.config.spectra_every:
+        if self.config.spectra_every and not distributed.rank():
             from analysis.dynamics import Dynamics
 
             self.dynamics = Dynamics(self.config, self.folder)
@@ -88,6 +103,8 @@ class Session:
 
     def save(self) -> None:
         """Write the checkpoint. Raises Claimed where another worker has the run now."""
+        if distributed.rank():
+            return
         self.stop.owned()
         checkpoint.save(self.checkpoint, self.loop, {"costs": self.costs.state(), "history": self.record.history})
 
@@ -105,8 +122,10 @@ class Session:
                 with self.costs.phases("train"):
                     timer = self.costs.steps
                     train(loop, batches, evaluate=self.evaluate, timer=timer, log=self.note, tick=self.tick)
+                distributed.check_alike(trained_state(loop.model))
                 kinds: Any = {"activations": activations, "backward": method.backward}
                 record.memory = measure.memory(loop.model, loop.optimizer, self.costs.phases, **kinds)
+                distributed.mark(record)
                 record.selected_step = select(loop)
                 if final:
                     self.save()
@@ -131,9 +150,10 @@ class Session:
         if self.dynamics is not None and self.dynamics.due(self.loop.progress.step):
             with self.costs.phases("spectra"):
                 self.note(self.loop.progress.step, self.dynamics.look(self.loop.model, self.loop.progress.step))
-        self.stop.check()
-        if self.due():
-            self.save()
+        with distributed.together():
+            self.stop.check()
+            if self.due():
+                self.save()
 
     def score(self, split: str) -> Scored:
         """Predictions and metrics of `split`."""
@@ -156,5 +176,11 @@ def progress_bar(record: Record, loop: Loop) -> Any:
     from tqdm import tqdm
 
     return tqdm(
-        total=loop.steps, initial=loop.progress.step, desc=record.cell, unit="step", mininterval=1.0, leave=False
+        total=loop.steps,
+        initial=loop.progress.step,
+        desc=record.cell,
+        unit="step",
+        mininterval=1.0,
+        leave=False,
+        disable=distributed.rank() > 0,
     )

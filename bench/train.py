@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bench import distributed
 from bench.ledger import Claim, Claimed
 from bench.model import load_trained_state, trained_state
 from bench.prefix import train_mode
@@ -85,13 +85,17 @@ class Loop:
     def _closure(self, parts: list[Batch]) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         counts = [int((part["labels"] != -100).sum()) for part in parts]
+        everywhere = max(distributed.total(sum(counts)), 1)
         total = torch.zeros((), device=self.device)
-        for part, count in zip(parts, counts, strict=True):
-            loss = self.loss(part) * (count / max(sum(counts), 1))
-            if torch.is_grad_enabled():  # a zeroth-order optimizer asks for the loss alone
-                (loss * self._scale).backward()
-            total += loss.detach()
+        with distributed.together(), distributed.own_draws(self.progress.step):
+            for part, count in zip(parts, counts, strict=True):
+                loss = self.loss(part) * (count / everywhere)
+                if torch.is_grad_enabled():  # a zeroth-order optimizer asks for the loss alone
+                    (loss * self._scale).backward()
+                total += loss.detach()
+        distributed.add_up([total])
         if torch.is_grad_enabled():
+            distributed.add_up_gradients([p for p in self.model.parameters() if p.requires_grad])
             self._unscale_and_clip()
         return total
 
@@ -138,7 +142,7 @@ def train(
             break
         parts = batches.micro(state.step, cfg.accumulate)
         rate = loop.schedule.get_last_lr()[0]
-        with timer:
+        with timer, distributed.together():
             loss = loop.step(parts)
         if state.step % log_every == 0 or state.step in (1, loop.steps):
             own: dict[str, Any] = {f"method/{k}": v for k, v in loop.method.numbers(loop.model).items()}
@@ -235,16 +239,3 @@ def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
     finally:
         for s, old in before.items():
             signal.signal(s, old)
-
-
-class Every:
-    """True once each `seconds`; never where `seconds` is null."""
-
-    def __init__(self, seconds: float | None):
-        self.seconds, self.last = seconds, time.monotonic()
-
-    def __call__(self) -> bool:
-        if self.seconds is None or time.monotonic() - self.last < self.seconds:
-            return False
-        self.last = time.monotonic()
-        return True

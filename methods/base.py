@@ -42,6 +42,7 @@ class Method:
     neutral: ClassVar[bool] = True  # starts as exactly the pretrained model; False is a declared exception
     untrained: ClassVar[bool] = False  # True: nothing is trained, a run goes straight to scoring
     backward: ClassVar[bool] = True  # False: its optimizer asks for losses alone, so that no gradient is ever computed
+    parallel: ClassVar[bool] = True  # False: it keeps of single rows what cannot be added up over several devices
 
     def apply(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         """Return the model to train, with `requires_grad` on exactly what is trained.

@@ -40,6 +40,7 @@ class Compose(Method):
         self.lr = (self.trainer or self.members[0]).lr  # type: ignore[misc]
         self.neutral = all(m.neutral for m in self.members)  # type: ignore[misc]
         self.backward = all(m.backward for m in self.members)  # type: ignore[misc]
+        self.parallel = all(m.parallel for m in self.members)  # type: ignore[misc]
 
     def apply(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         if len(self.rivals) > 1:

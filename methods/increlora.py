@@ -125,6 +125,7 @@ class IncreLoRA(LoRA):
     formula: ClassVar[str] = "(r0 + k) (m + n + 1) per layer, growing to r (m + n + 1) on average"
     oracle: ClassVar[str] = "closed form"
     neutral: ClassVar[bool] = False  # near the pretrained model: by `reserve`
+    parallel: ClassVar[bool] = False  # its importance is a sum of absolute values within one process
 
     rank: int = 2  # of the layers' final ranks, the mean
     init_rank: int = 1
