@@ -126,6 +126,18 @@ def test_a_damaged_file_is_seen_and_encoded_again(damage, calls, caplog):
     assert encode_splits(rows, task, TEXT)["train"][0] == whole[0] and len(calls) == 60
 
 
+def test_a_file_that_cannot_be_read_or_replaced_costs_a_warning(calls, caplog):
+    task, rows = load()
+    whole = encode_splits(rows, task, TEXT)["train"][3]
+    (path,) = files()
+    path.unlink()
+    path.mkdir()  # as unreadable to root as to anybody
+    encoded_cache._opened.cache_clear()
+    assert encode_splits(rows, task, TEXT)["train"][3] == whole
+    assert "computed again" in caplog.text and "cannot be kept" in caplog.text and path.is_dir()
+    assert not list(path.parent.glob("*.part"))
+
+
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, calls, caplog):
     (tmp_path / "encoded").write_text("a file where the folder should be")
     task, rows = load()
