@@ -57,20 +57,49 @@ function costScale(values, left, right, unit) {
 }
 
 const overlap = (a, b) => a.l < b.r && b.l < a.r && a.t < b.b && b.t < a.b;
-// The same rule as analysis.placement: near first and beside the bars and the stair; no name where there is no room.
-function placeNames(points, box) {
-  const taken = points.map(p => ({ l: p.px - 5, r: p.px + 5, t: p.py - 5, b: p.py + 5 }));
-  const sides = [[1, -1], [1, 1], [-1, -1], [-1, 1], [0, -1], [0, 1], [1, 0], [-1, 0]];
-  for (const p of [...points].sort((a, b) => b.front - a.front)) {
-    const distance = (s, q) => Math.hypot(Math.max(0, s.l - q.px, q.px - s.r), Math.max(0, s.t - q.py, q.py - s.b));
-    search: for (const gap of [4, 9, 16, 28, 44, 64]) for (const [h, v] of sides) {
-      const x = p.px + h * (p.width / 2 + gap), y = p.py + v * (7 + gap);
-      const spot = { l: x - p.width / 2 - 2, r: x + p.width / 2 + 2, t: y - 8, b: y + 8, x, y, far: gap > 20 };
-      if (spot.l < box.l || spot.r > box.r || spot.t < box.t || spot.b > box.b || taken.some(t => overlap(spot, t))) continue;
-      if (!spot.far && points.some(q => distance(spot, q) < distance(spot, p) - 1e-6)) continue; // would name another point
-      taken.push(spot); p.spot = spot; break search;
-    }
+const around = (x, y, r) => ({ l: x - r, r: x + r, t: y - r, b: y + r });
+const SIDES = [[1, -1], [1, 1], [-1, -1], [-1, 1], [0, -1], [0, 1], [1, 0], [-1, 0], [0.5, -1], [-0.5, -1], [0.5, 1], [-0.5, 1], [1, -0.5], [1, 0.5], [-1, -0.5], [-1, 0.5]];
+// The same rule as analysis.placement: near first, no name on a point, bar, name or leader. A leader is a chain of small boxes.
+function chain(p, spot) {
+  const x = Math.min(spot.r, Math.max(spot.l, p.px)), y = Math.min(spot.b, Math.max(spot.t, p.py)), length = Math.hypot(x - p.px, y - p.py);
+  if (length <= 20) return [];
+  const parts = Math.ceil((length - 10) / 2.8), at = i => (10 + (length - 10) * i / parts) / length;
+  return Array.from({ length: parts + 1 }, (_, i) => around(p.px + (x - p.px) * at(i), p.py + (y - p.py) * at(i), 2));
+}
+// A leader crosses nothing that is drawn and does not run along a bar.
+const clear = (line, drawn, bars) => !line.some(s => drawn.some(t => overlap(s, t))) && 2 * line.filter(s => bars.some(t => overlap(s, t))).length < line.length;
+function spotOf(p, points, box, drawn, bars) {
+  const distance = (s, q) => Math.hypot(Math.max(0, s.l - q.px, q.px - s.r), Math.max(0, s.t - q.py, q.py - s.b));
+  for (const gap of [4, 9, 16, 28, 44, 64, 90, 120]) for (const [h, v] of SIDES) {
+    const x = p.px + h * (p.width / 2 + 2 + gap), y = p.py + v * (8 + gap), spot = { l: x - p.width / 2 - 2, r: x + p.width / 2 + 2, t: y - 8, b: y + 8, x, y };
+    if (spot.l < box.l || spot.r > box.r || spot.t < box.t || spot.b > box.b || [...drawn, ...bars].some(t => overlap(spot, t))) continue;
+    spot.line = chain(p, spot);
+    if (spot.line.length ? clear(spot.line, drawn, bars) : points.every(q => distance(spot, q) >= distance(spot, p) - 1e-6)) return spot;
   }
+  return null;
+}
+// Names the points; where some find no room all are placed anew with those first. Returns how many have a name.
+function placeNames(named, points, box, bars) {
+  let order = [...named].sort((a, b) => b.front - a.front), best = new Map();
+  for (let i = 0; i < 5; i += 1) {
+    const drawn = points.map(p => around(p.px, p.py, 6)), spots = new Map();
+    for (const p of order) {
+      const spot = spotOf(p, points, box, drawn, bars);
+      if (spot) { spots.set(p, spot); drawn.push(spot, ...spot.line); }
+    }
+    if (spots.size > best.size) best = spots;
+    if (spots.size === order.length || spots.size < 0.75 * order.length) break;
+    order = [...order.filter(p => !spots.has(p)), ...order.filter(p => spots.has(p))];
+  }
+  for (const p of points) p.spot = best.get(p) || null;
+  return best.size;
+}
+// Where there is no room for every name: the front, and the least and the most in both. Returns what to say.
+function nameAll(points, box, bars) {
+  if (placeNames(points, points, box, bars) === points.length) return "";
+  const ends = ["x", "y"].flatMap(k => [Math.min, Math.max].map(f => points.find(p => p[k] === f(...points.map(q => q[k])))));
+  const count = placeNames(points.filter(p => p.front || ends.includes(p)), points, box, bars);
+  return `${count} of ${points.length} named; hover for the rest`;
 }
 
 // Ticks in so many digits that no two read alike: costs may differ in the fourth.
@@ -84,16 +113,22 @@ function axes(svg, x, y, box, titles) {
     draw("text", { class: "tick", x: box.l - 6, y: y.at(t) + 4, "text-anchor": "end" }, t));
   const texts = tickTexts(x.ticks, titles.unit);
   for (const [i, t] of x.ticks.entries()) svg.append(draw("line", { class: "grid", x1: x.at(t), x2: x.at(t), y1: box.t, y2: box.b }),
-    draw("text", { class: "tick", x: x.at(t), y: box.b + 16, "text-anchor": "middle" }, texts[i]));
+    draw("text", { class: "tick", x: Math.min(x.at(t), box.r + 10 - 3 * texts[i].length), y: box.b + 16, "text-anchor": "middle" }, texts[i]));
   if (x.zero) svg.append(draw("line", { class: "zero", x1: x.start - 4, x2: x.start - 4, y1: box.t, y2: box.b }));
   svg.append(draw("text", { x: (box.l + box.r) / 2, y: box.b + 38, "text-anchor": "middle" }, titles.x + (x.log ? ", log scale" : "")),
     draw("text", { x: -(box.t + box.b) / 2, y: 14, transform: "rotate(-90)", "text-anchor": "middle" }, titles.y));
 }
 
+function barsOf(p, x, y, clamp) {
+  const upright = p.low === null ? [] : [{ x1: p.px, x2: p.px, y1: y.at(p.low), y2: y.at(p.high) }];
+  return p.xlow === null || !(p.xhigh > p.xlow) ? upright : [...upright, { y1: p.py, y2: p.py, x1: clamp(x.at(Math.max(p.xlow, 0))), x2: clamp(x.at(p.xhigh)) }];
+}
+const thin = b => ({ l: Math.min(b.x1, b.x2) - 1.5, r: Math.max(b.x1, b.x2) + 1.5, t: Math.min(b.y1, b.y2) - 1.5, b: Math.max(b.y1, b.y2) + 1.5 });
+
 // Points: {x, y, low, high, xlow, xhigh, name, row}. Returns the SVG.
 function plot(place, points, titles, hover, choose) {
   const width = Math.max(320, Math.min(1150, place.clientWidth || 900)), height = width < 600 ? 380 : 470;
-  const box = { l: 58, r: width - 12, t: 14, b: height - 50 };
+  const box = { l: 58, r: width - 12, t: 22, b: height - 50 };
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${titles.y} against ${titles.x}` });
   const ends = points.flatMap(p => [p.low ?? p.y, p.high ?? p.y, p.y]), pad = (Math.max(...ends) - Math.min(...ends)) * 0.07 || 0.01;
   const bottom = Math.min(...ends) - pad, top = Math.max(...ends) + pad;
@@ -111,13 +146,14 @@ function plot(place, points, titles, hover, choose) {
     p.text = draw("text", { class: p.front ? "name front" : "name", "text-anchor": "middle" }, p.name.length > 34 ? p.name.slice(0, 33) + "…" : p.name);
     svg.append(p.text); p.width = p.text.getBBox().width; p.text.remove();
   }
-  placeNames(points, box);
-  const clamp = v => Math.min(box.r, Math.max(box.l, v));
+  const clamp = v => Math.min(box.r, Math.max(box.l, v)), bars = points.flatMap(p => barsOf(p, x, y, clamp));
+  const steps = stair.slice(1).flatMap((p, i) => [{ x1: stair[i].px, x2: p.px, y1: stair[i].py, y2: stair[i].py }, { x1: p.px, x2: p.px, y1: stair[i].py, y2: p.py }]);
+  const said = nameAll(points, box, [...bars, ...steps].map(thin));
+  if (said) svg.append(draw("text", { class: "tick said", x: box.r, y: 14, "text-anchor": "end" }, said));
   for (const p of [...points].sort((a, b) => a.front - b.front)) {
     const mark = draw("g", { class: p.front ? "mark front" : "mark" });
-    if (p.low !== null) mark.append(draw("line", { class: "bar", x1: p.px, x2: p.px, y1: y.at(p.low), y2: y.at(p.high) }));
-    if (p.xlow !== null && p.xhigh > p.xlow) mark.append(draw("line", { class: "bar", y1: p.py, y2: p.py, x1: clamp(x.at(Math.max(p.xlow, 0))), x2: clamp(x.at(p.xhigh)) }));
-    if (p.spot && p.spot.far) mark.append(draw("line", { class: "leader", x1: p.px, y1: p.py, x2: p.spot.x, y2: p.spot.y + (p.spot.y < p.py ? 7 : -7) }));
+    mark.append(...barsOf(p, x, y, clamp).map(b => draw("line", { class: "bar", ...b })));
+    if (p.spot && p.spot.line.length) mark.append(draw("line", { class: "leader", x1: p.px, y1: p.py, x2: Math.min(p.spot.r, Math.max(p.spot.l, p.px)), y2: Math.min(p.spot.b, Math.max(p.spot.t, p.py)) }));
     const dot = draw("circle", { class: "point", cx: p.px, cy: p.py, r: 5.5, tabindex: 0, "aria-label": `${p.name}: ${p.y}` });
     for (const on of ["pointerenter", "focus"]) dot.addEventListener(on, () => hover(p, dot));
     for (const off of ["pointerleave", "blur"]) dot.addEventListener(off, () => hover(null));

@@ -9,11 +9,12 @@ import pandas as pd
 
 from analysis.columns import COSTS, METRICS, axis_title, write
 from analysis.fronts import pareto as flag_front
-from analysis.placement import LEADER, distance, place
+from analysis.placement import LEADER, Box, distance, place
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+PAD, RADIUS = 2, 5.5  # 1/100 inch: room around a label, half of a mark
 FRONT, OTHER = "#0072B2", "#8a6d3b"  # told apart by lightness and by a filled or hollow mark as well
 
 
@@ -30,8 +31,9 @@ def pareto(table: pd.DataFrame, cost: str = "trained_params", ax: Axes | None = 
     known = table[table["front"].notna()].sort_values([cost, score])
     if known.empty:
         raise ValueError(f"no row has both {cost!r} and {score!r}: nothing to draw ({len(table)} rows)")
-    _scale(ax, known[cost].to_numpy(float), cost)
+    ax.margins(0.09, 0.12)
     _marks(ax, known, cost, score)
+    _scale(ax, known[cost].to_numpy(float), cost)
     _write_titles(ax, table, cost, score)
     _label(ax, known, cost, score)
     return ax
@@ -49,15 +51,13 @@ def _scale(ax: Axes, costs: np.ndarray, cost: str) -> None:
             ax.set_xscale("log")
     unit = COSTS[cost].unit if cost in COSTS else ""
     if unit == "bytes" and ax.get_xscale() == "linear":
-        ax.xaxis.set_major_locator(MultipleLocator(_binary_step(costs)))
+        ax.xaxis.set_major_locator(MultipleLocator(_binary_step(*ax.get_xlim())))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value, unit)))
-    ax.margins(0.09, 0.12)
 
 
-def _binary_step(costs: np.ndarray) -> float:
-    """A power of two that cuts the range of the costs into 3 to 6 parts."""
-    span = costs.max() - costs.min() or abs(costs.max()) or 1.0
-    return float(2.0 ** np.ceil(np.log2(span / 6)))
+def _binary_step(low: float, high: float) -> float:
+    """A power of two that cuts the axis, whose bars may reach far beyond the marks, into 3 to 6 parts."""
+    return float(2.0 ** np.ceil(np.log2((high - low) / 6)))
 
 
 def _marks(ax: Axes, known: pd.DataFrame, cost: str, score: str) -> None:
@@ -103,35 +103,64 @@ def _write_titles(ax: Axes, table: pd.DataFrame, cost: str, score: str) -> None:
 
 
 def _label(ax: Axes, known: pd.DataFrame, cost: str, score: str) -> None:
-    """Name the marks; front first, so that where there is no room, only dominated marks stay without a name."""
+    """Name the marks; where there is no room for all, only the front and the extremes, which the figure then says."""
     rows = known.sort_values("front", ascending=False, kind="stable")
-    names = rows["label"] if "label" in rows else rows.get("method", rows.index)
-    figure = ax.figure
+    texts = [str(n) for n in (rows["label"] if "label" in rows else rows.get("method", rows.index))]
+    points = rows[[cost, score]].to_numpy(float)
+    places = _places(ax, texts, points, np.arange(len(rows)))
+    if len(places) < len(rows):
+        ends = (points.argmin(0), points.argmax(0))
+        main = np.union1d(np.flatnonzero(rows["front"].to_numpy(bool)), np.ravel(ends))
+        note = f"{ax.get_xlabel()}\n%d of {len(rows)} named, of the front and the extremes; the rest are in the table"
+        ax.set_xlabel(note % len(main))  # takes room: the axes change before the labels are placed
+        places = _places(ax, texts, points, main)
+        ax.set_xlabel(note % len(places))
+    for row, (point, box) in places.items():
+        _annotate(ax, texts[row], point, box)
+
+
+def _places(ax: Axes, texts: list[str], points: np.ndarray, rows: np.ndarray) -> dict[int, tuple[np.ndarray, Box]]:
+    """Of those rows that found room: where the point and the label are, in 1/100 inch whatever the resolution."""
+    figure, unit = ax.figure, ax.figure.dpi / 100
     figure.canvas.draw()
     renderer: Any = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    texts = [ax.annotate(str(n), (0, 0), xycoords="figure pixels", fontsize=8) for n in names]
-    extents = [text.get_window_extent(renderer) for text in texts]
-    points = ax.transData.transform(rows[[cost, score]].to_numpy(float))
-    box = ax.get_window_extent(renderer)
-    legend = ax.get_legend()
-    blocked = [legend.get_window_extent(renderer).extents] if legend else []
-    sizes = np.array([[e.width, e.height] for e in extents])
-    places = place(points, sizes, (box.x0, box.y0, box.x1, box.y1), radius=4 * figure.dpi / 72, blocked=blocked)
-    for text, point, found in zip(texts, points, places, strict=True):
+    pixels, legend = ax.transData.transform(points), ax.get_legend()
+    others = np.delete(pixels, rows, axis=0)
+    dots = np.concatenate([others - RADIUS * unit, others + RADIUS * unit], axis=1)
+    blocked = [*dots, *_lines(ax), *([legend.get_window_extent(renderer).extents] if legend else [])]
+    sizes = _sizes(ax, [texts[r] for r in rows], renderer) / unit + 2 * PAD
+    bounds: Any = np.asarray(ax.bbox.extents) / unit
+    found = place(pixels[rows] / unit, sizes, bounds, radius=RADIUS, blocked=np.reshape(blocked, (-1, 4)) / unit)
+    return {int(r): (pixels[r] / unit, box) for r, box in zip(rows, found, strict=True) if box is not None}
+
+
+def _sizes(ax: Axes, texts: list[str], renderer: Any) -> np.ndarray:
+    """(n, 2) widths and heights of the labels in pixels."""
+    drawn = [ax.annotate(text, (0, 0), xycoords="figure pixels", fontsize=8) for text in texts]
+    extents = [text.get_window_extent(renderer) for text in drawn]
+    for text in drawn:
         text.remove()
-        if found is not None:
-            _annotate(ax, text.get_text(), point, found)
+    return np.array([[e.width, e.height] for e in extents])
 
 
-def _annotate(ax: Axes, name: str, point: np.ndarray, box: tuple[float, float, float, float]) -> None:
-    """Write a name into its box, tied to the mark in data coordinates so that it moves with it."""
+def _lines(ax: Axes) -> list[Box]:
+    """The error bars and the parts of the stair, all of them upright or level, as thin boxes in pixels."""
+    bars = [part for lines in ax.collections for part in lines.get_segments()]  # type: ignore[attr-defined]
+    for line in (line for line in ax.lines if line.get_drawstyle() == "steps-post"):
+        corners = np.repeat(line.get_xydata(), 2, axis=0)[1:, 0], np.repeat(line.get_xydata(), 2, axis=0)[:-1, 1]
+        bars += [*np.stack([np.column_stack(corners)[:-1], np.column_stack(corners)[1:]], axis=1)]
+    ends = [ax.transData.transform(bar) for bar in bars]
+    return [(*(e.min(0) - 1.5), *(e.max(0) + 1.5)) for e in ends if len(e)]
+
+
+def _annotate(ax: Axes, name: str, point: np.ndarray, box: Box) -> None:
+    """Write a name into its box (1/100 inch), tied to the mark in data coordinates so that it moves with it."""
     from matplotlib.patheffects import withStroke
 
-    points_per_pixel = 72 / ax.figure.dpi
-    offset = ((box[0] - point[0]) * points_per_pixel, (box[1] - point[1]) * points_per_pixel)
+    offset = (0.72 * (box[0] + PAD - point[0]), 0.72 * (box[1] + PAD - point[1]))  # in 1/72 inch
     far = distance(box, point[None])[0] > LEADER
     arrow: Any = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6} if far else None
-    data: Any = ax.transData.inverted().transform(point)
+    data: Any = ax.transData.inverted().transform(point * ax.figure.dpi / 100)
     halo = withStroke(linewidth=2.5, foreground="white")
     style: Any = {"fontsize": 8, "ha": "left", "va": "bottom", "path_effects": [halo]}
     ax.annotate(name, data, offset, textcoords="offset points", arrowprops=arrow, annotation_clip=False, **style)
