@@ -18,6 +18,11 @@ EXAMPLES = """examples:
   python -m analysis recommend results --max-memory 16GB --max-params 1%
   python -m analysis pareto results --cost memory_peak        with the chance of being on the front
   python -m analysis export results --format latex -o table.tex
+  python -m analysis spectra results        or --base A --tuned B
+  python -m analysis sizes results          every change at the same size: is it rank, or size?
+  python -m analysis forgetting results
+  python -m analysis findings results
+  python -m analysis dynamics results/<id> -o steps.png
   python -m analysis causal results/<id> --lambdas 0,0.5,1,2 -o lambda.png
   python -m analysis continual results --tasks rotten_tomatoes,stsb --set method=lora train.epochs=1
 """

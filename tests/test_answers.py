@@ -1,5 +1,7 @@
 """compare, recommend and export: what they say, and that they say when the data cannot decide."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -79,6 +81,17 @@ def test_recommend_weighs_evidence_against_cost(results, capsys):
     assert "no method fits the budget" in capsys.readouterr().out
     assert command("recommend", results, "--max-memory", "lots") == 2
     assert "no amount: a number and one of %" in capsys.readouterr().err
+
+
+def test_recommend_does_not_choose_between_two_that_cannot_be_told_apart(tmp_path, capsys):
+    """Noise around one accuracy: the higher number is no choice, and the other way round neither."""
+    random = np.random.default_rng(3)
+    for seed, method in itertools.product(range(3), ("lora", "dora")):
+        params = 9000 if method == "lora" else 500
+        with_predictions(tmp_path, random.random(400) < 0.7, method, seed, trained_params=params)
+    assert command("recommend", tmp_path) == 0
+    text = capsys.readouterr().out
+    assert "cannot decide between the 2 methods that fit; dora trains the fewest" in text and "better than" not in text
 
 
 def test_recommend_says_when_one_seed_says_nothing(tmp_path, capsys):

@@ -177,6 +177,17 @@ def test_ranks_of_a_clear_case():
         ranks.friedman(scores[["a", "b"]])
 
 
+def test_win_tie_loss_counts_tasks_for_each_ordered_pair():
+    scores = pd.DataFrame({"a": [0.9, 0.8, 0.7, 0.6, 0.5], "b": [0.8, 0.8, 0.75, 0.5, 0.51], "c": [0.0] * 5})
+    exact = ranks.win_tie_loss(scores).set_index(["method", "other"])
+    assert exact.loc[("a", "b")].tolist() == [2, 1, 2] and exact.loc[("c", "a")].tolist() == [0, 0, 5]
+    assert len(exact) == 6 and (exact.sum(axis=1) == 5).all()
+    swapped = exact.swaplevel().loc[exact.index]
+    assert (exact["win"] == swapped["loss"]).all() and (exact["tie"] == swapped["tie"]).all()
+    wide = ranks.win_tie_loss(scores, margin=0.05).set_index(["method", "other"])
+    assert wide.loc[("a", "b")].tolist() == [2, 3, 0], "a difference of the margin itself is a tie"
+
+
 def test_equal_on_paper_is_a_tie():
     scores = pd.DataFrame({"a": [0.1 + 0.2, 0.5], "b": [0.3, 0.5]})
     assert ranks.win_tie_loss(scores)["tie"].tolist() == [2, 2] and ranks.mean_ranks(scores).tolist() == [1.5, 1.5]
