@@ -145,8 +145,18 @@ function layerMaps(rows) {
   };
   return [pick, el("div", { class: "maps" }, map("Intruders, mean over seeds", "intruders", v => Number(v.toPrecision(3))), map("Share of the squared change", "share", v => (100 * v).toFixed(1) + " %"))];
 }
+// Is an intruder the cause? Score and forgetting against the factor on one vector of each matrix, beside its neighbour.
+function causalSection(rows) {
+  const known = rows.filter(r => r.sweep.score), place = section("causal", known.length);
+  if (!known.length) return;
+  const { label, sweep } = known.find(r => r.label === S.weights) || known[0], charts = [];
+  for (const key of ["score", "forgetting"]) if (Object.keys(sweep[key]).length) charts.push([key, el("div", {})]);
+  place.replaceChildren(el("div", { class: "row" }, picker("Method", "weights", known.map(r => r.label))), ...charts.flatMap(([key, chart]) => [el("h3", {}, key === "score" ? `Score on ${sweep.split}` : "Forgetting"), chart]));
+  for (const [key, chart] of charts) lines(chart, Object.entries(sweep[key]).map(([name, points]) => ({ name, points })), { x: "factor λ", y: key });
+  say("causal", `${label}: ${sweep.which === "top" ? "the top intruder" : "all intruders"} of each matrix times λ, and as many neighbours that are none; λ = 1 is the model itself, 0 is without. Mean and span of ${plural(sweep.runs, "run")}.`);
+}
 function parts(here) {
   const rows = here.filter(r => r.view === S.view && chosen(r));
   record(rows.find(r => r.label === S.row));
-  significance(); costBars(rows); learning(rows); tuningCurves(); overTasks(); spectraSection(rows);
+  significance(); costBars(rows); learning(rows); tuningCurves(); overTasks(); spectraSection(rows); causalSection(rows);
 }

@@ -145,7 +145,7 @@ def _behind(
     each = [[_cell(run["id"]), _cell(run["seed"]), *(number(run[c]) for c in ("score", *costs))] for run in done]
     known = {c.removeprefix("config_"): _cell(runs[0][c]) for c in settings if _cell(runs[0][c])}
     weights = {"spectra": sections.spectra(done), "layers": sections.layers(done, problems)}
-    lost = {"forgetting": sections.forgetting(done)}
+    lost = {"forgetting": sections.forgetting(done), "sweep": sections.sweep(done, problems)}
     return {"runs": each, "settings": known, "curves": sections.curves(done)} | weights | lost
 
 

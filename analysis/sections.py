@@ -206,3 +206,35 @@ def _matrices_of(run: Run, problems: Problems) -> pd.DataFrame | None:
     except (OSError, ValueError, TypeError, KeyError) as error:
         problems.append((str(path), f"{type(error).__name__}: {error}"))
         return None
+
+
+def sweep(runs: Iterable[Run], problems: Problems) -> dict[str, Any]:
+    """Score and forgetting with one singular vector of each matrix scaled by lambda, mean, lowest and highest run.
+
+    {"score": {"intruder": [lambdas, means, lows, highs], "neighbour": ...}, "forgetting": ..., "split", "which", "runs"} from
+    the causal.parquet beside the records (`python -m analysis causal`); only runs that were swept as the first was; empty
+    without.
+    """
+    tables = [table for run in runs if (table := _swept(run, problems)) is not None]
+    how = [tuple(table[["split", "which"]].iloc[0]) for table in tables]
+    if not tables:
+        return {}
+    same = pd.concat([table for table, own in zip(tables, how, strict=True) if own == how[0]])
+    shown: dict[str, Any] = {"split": str(how[0][0]), "which": str(how[0][1]), "runs": how.count(how[0])}
+    for value in ("score", "forgetting"):
+        cells = same.dropna(subset=value).groupby(["vector", "lambda"])[value].agg(["mean", "min", "max"]).reset_index()
+        parts = {str(v): part[["lambda", "mean", "min", "max"]].to_numpy().T for v, part in cells.groupby("vector")}
+        shown[value] = {v: [[number(x, 5) for x in line] for line in part] for v, part in parts.items()}
+    return shown
+
+
+def _swept(run: Run, problems: Problems) -> pd.DataFrame | None:
+    path = Path(run["path"]).with_name("causal.parquet")
+    if not path.is_file():
+        return None
+    try:
+        table = pd.read_parquet(path, columns=["vector", "lambda", "score", "forgetting", "split", "which"])
+        return table.astype({"lambda": float, "score": float, "forgetting": float}) if len(table) else None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        problems.append((str(path), f"{type(error).__name__}: {error}"))
+        return None

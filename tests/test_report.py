@@ -204,6 +204,7 @@ def rich(folder):
         save_predictions(record, folder, right[method], offset=100 if method == "odd" else 0)
         if method == "lora":
             save_spectra(record, folder)
+            save_sweep(record, folder, seed)
         if (method, task) == ("lora", "rte"):
             worse = synthetic(method, task, seed, lr=9.0, environment=facts, metrics={"val/accuracy": 0.1}, score=0.2)
             worse.save(folder)
@@ -218,6 +219,19 @@ def save_spectra(record, folder, layers=3):
         for i in range(layers) for kind in ("query", "value<b>")
     ]  # fmt: skip
     pd.DataFrame(rows).to_parquet(folder / record.id / "spectra.parquet", index=False)
+
+
+def save_sweep(record, folder, seed):
+    """Without the intruder the model forgets less; without its neighbour the score falls."""
+    rows = [
+        ("intruder", 0.0, 0.8, 0.1),
+        ("intruder", 1.0, 0.8, 0.3),
+        ("neighbour", 0.0, 0.5, 0.3),
+        ("neighbour", 1.0, 0.8, 0.3),
+    ]
+    table = pd.DataFrame(rows, columns=["vector", "lambda", "score", "forgetting"]).assign(split="val", which="top")
+    table["score"] += 0.1 * seed
+    table.to_parquet(folder / record.id / "causal.parquet", index=False)
 
 
 def save_predictions(record, folder, right, offset):
@@ -260,10 +274,21 @@ def test_layers_are_means_over_seeds_and_a_broken_table_of_them_is_named(whole, 
     assert broken["rows"][0]["layers"] == {} and broken["problems"][0][0].endswith("spectra.parquet")
 
 
+def test_the_sweep_of_a_row_is_its_mean_and_span_and_a_broken_one_is_named(whole, tmp_path):
+    data = analysis.report.payload(whole[0], "t")
+    rows = {r["label"]: r["sweep"] for r in data["rows"] if r["task"] == "rte"}
+    found = rows["lora (train_lr=0.001)"]
+    assert found["score"]["neighbour"] == [[0, 1], [0.55, 0.85], [0.5, 0.8], [0.6, 0.9]] and found["runs"] == 2
+    assert found["forgetting"]["intruder"][1] == [0.1, 0.3] and rows["dora"] == {}
+    (synthetic().save(tmp_path).parent / "causal.parquet").write_text("PAR1")
+    broken = analysis.report.payload(analysis.load(tmp_path), "t")
+    assert broken["rows"][0]["sweep"] == {} and broken["problems"][0][0].endswith("causal.parquet")
+
+
 @browser
 def test_every_section_is_drawn(whole, tmp_path):
     dom = visit(whole[1], tmp_path, "#task=rte&curve=rank&row=dora")
-    for name in ("record", "significance", "tasks", "memory", "time", "learning", "tuning", "spectra"):
+    for name in ("record", "significance", "tasks", "memory", "time", "learning", "tuning", "spectra", "causal"):
         part = re.search(f'<section id="{name}"(.*?)</section>', dom, re.S).group(1)
         assert not part.startswith(" hidden") and ("<td" in part or 'class="line' in part or 'class="fill' in part), (
             name
@@ -272,6 +297,8 @@ def test_every_section_is_drawn(whole, tmp_path):
     curves = re.search('<section id="learning"(.*?)</section>', dom, re.S).group(1)
     assert ">rank</text>" in curves and re.search(r'<option value="rank" selected="">', curves)
     assert "Runs of dora: rte" in dom
+    scaled = re.search('<section id="causal"(.*?)</section>', dom, re.S).group(1)
+    assert scaled.count('data-name="intruder"') == scaled.count('data-name="neighbour"') == 2 and "2 runs" in scaled
     maps = re.search('<section id="spectra"(.*?)</section>', dom, re.S).group(1)
     assert "Share of the squared change" in maps and "50.0 %" in maps and "value&lt;b&gt;" in maps
     assert "forgetting (pseudo-loss)" in maps and "<td>0.25</td>" in maps
