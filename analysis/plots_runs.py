@@ -65,9 +65,9 @@ def histories(runs: pd.DataFrame, value: str = "loss") -> pd.DataFrame:
 def history_of(path: str | Path) -> list[dict[str, Any]]:
     """The learning curve in one result file, ours or peft's: [{"step": ..., "loss": ...}, ...]; empty where it has none.
 
-    A point without a finite step, and a value that is no finite number, are left out.
+    Empty too where the table came from a collected file and its runs are not beside it. A point without a finite step, and a value that is no finite number, are left out.
     """
-    if Path(path).suffix != ".json":
+    if Path(path).suffix != ".json" or not Path(path).exists():
         return []
     content = json.loads(Path(path).read_text())
     history = content.get("history", content.get("train_info", {}).get("metrics", []))

@@ -44,6 +44,9 @@ class NoRuns(FileNotFoundError):
 def load(folder: str | Path = "results") -> pd.DataFrame:
     """One row per run of `folder/*/record.json`, whatever its status; also of result files that `analysis.imports` reads.
 
+    Also of one file that `bench.collect` wrote. Predictions, curves and spectra are not in it: they are found where the file
+    lies in the folder of its runs.
+
     Nested values become `memory_peak`, `time_step`, `data_standin`, `config_train_lr`, `metrics_test/accuracy`, ...
     Derived columns: `source` (whose results: "paretune" for records), `protocol`, `device`, `memory_kind`, `software`
     (fingerprint of the versions), `settings` (hash of the config without the seed), `data_fingerprint` (content of the
@@ -55,12 +58,14 @@ def load(folder: str | Path = "results") -> pd.DataFrame:
     from analysis.imports import foreign_rows
 
     folder = Path(folder)
+    if folder.is_file():
+        return table_of([_row(record, path) for record, path in _collected(folder)], [])
     if not folder.is_dir():
         raise NoRuns(f"{folder}: no such folder (looked from {Path.cwd()}). {_WAY_OUT}")
     rows, problems = foreign_rows(folder)
     for path in sorted(folder.glob("*/record.json")):
         try:
-            rows.append(_row(path))
+            rows.append(_row(Record.load(path), path))
         except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
             problems.append((str(path), f"{type(error).__name__}: {error}"))
     if not rows and not problems:
@@ -80,8 +85,20 @@ def _describe(problems: list[tuple[str, str]]) -> str:
     return f"{len(problems)} file(s) left out: {shown}{'; ...' if len(problems) > 3 else ''}"
 
 
-def _row(path: Path) -> dict[str, Any]:
-    record = Record.load(path)
+def _collected(file: Path) -> list[tuple[Record, Path]]:
+    """The records of a file of `bench.collect`, and where each has its folder if the file lies in that of its runs."""
+    from bench.collect import records
+
+    try:
+        found = records(file)
+    except (ValueError, KeyError) as error:
+        raise NoRuns(f"{file}: not a file that python -m bench.collect wrote ({error}). {_WAY_OUT}") from error
+    if not found:
+        raise NoRuns(f"{file}: holds no record. {_WAY_OUT}")
+    return [(record, file.parent / name / "record.json") for name, record in found]
+
+
+def _row(record: Record, path: Path) -> dict[str, Any]:
     _check(record)
     row = {name: getattr(record, name) for name in _SCALARS}
     row["warnings"] = len(record.warnings)

@@ -2,7 +2,8 @@
 
 One row per run. Columns: the fields of the record, in its order, those with parts as JSON text; then every number of
 `metrics`, `memory`, `time`, `flops`, `energy` and `spectra` once more as a column of its own. The type of a column follows
-from its name alone. A second call reads what is new or has changed; `analysis` reads the file like the folder.
+from its name alone. A second call reads what is new or has changed; `python -m analysis` takes
+the file in place of the folder.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tasks import Task
+    from tasks.data import DataConfig
 
 TOKENS = 128  # of a row of text where no rows are at hand to be measured
 CHARACTERS = 4.0  # per token of English
@@ -41,7 +42,7 @@ def cost(config: Config) -> Cost:
     from bench.shapes import UnknownShape
 
     task, train = config.task, config.train
-    rows = row_counts(task)
+    rows = row_counts(task, config.data)
     if not rows["train"] and train.steps is None:
         raise UnknownShape("how many rows the training data have is not published: give train.steps")
     steps = (
@@ -69,11 +70,26 @@ def cost(config: Config) -> Cost:
     )
 
 
+def _counted(config: Config, rows: int, tokens: int, longest: int) -> dict[str, int]:
+    """What the shape of the model says: FLOPs of a micro-batch, parameters, bytes at the longest rows.
+
+    All of them are linear in the number of classes, so that many data sets of one kind need two countings.
+    """
+    labels = getattr(config.task, "labels", 0)
+    if labels <= 3:  # one is a regression: another loss
+        return _shape(config, rows, tokens, longest)
+    two, three = (_shape(_with_labels(config, n), rows, tokens, longest) for n in (2, 3))
+    return {key: two[key] + (labels - 2) * (three[key] - two[key]) for key in two}
+
+
+def _with_labels(config: Config, labels: int) -> Config:
+    return replace(config, task=replace(config.task, labels=labels))
+
+
 _known: dict[str, dict[str, int]] = {}  # data sets of one kind differ in their rows alone
 
 
-def _counted(config: Config, rows: int, tokens: int, longest: int) -> dict[str, int]:
-    """What the shape of the model says: FLOPs of a micro-batch, parameters, bytes at the longest rows."""
+def _shape(config: Config, rows: int, tokens: int, longest: int) -> dict[str, int]:
     from bench.model import counts
 
     task = config.task
@@ -94,14 +110,14 @@ def _sizes(protocol: str, splits: tuple[Any, ...], sizes: tuple[Any, ...], holdo
     return {k: len(v) for k, v in cut(protocol, dict(splits), dict(sizes), holdout)[0].items()}
 
 
-def row_counts(task: Task) -> dict[str, int]:
+def row_counts(task: Task, data: DataConfig | None = None) -> dict[str, int]:
     """Rows of train, val and test by the published sizes of the data; where there are none, those that can be had here."""
     from tasks.data import DataConfig
 
-    if task.sizes:
-        found = _sizes(task.protocol, tuple(task.splits.items()), tuple(task.sizes.items()), task.holdout)
-    else:
-        found = {k: len(v) for k, v in task.load(DataConfig()).splits.items()}
+    data = data or DataConfig()
+    if not task.sizes or data.mode == "standin":
+        return {k: len(v) for k, v in task.load(data).splits.items()}
+    found = _sizes(task.protocol, tuple(task.splits.items()), tuple(task.sizes.items()), task.holdout)
     if "train" in task.other:  # rows of another data set
         found["train"] = (task.other["train"].sizes or {}).get("train", 0)
     limited = {k: min(n, task.limit.get(k) or n) for k, n in found.items()}
@@ -111,32 +127,38 @@ def row_counts(task: Task) -> dict[str, int]:
 
 
 def lengths(config: Config) -> tuple[int, int]:
-    """Mean and largest tokens of a training row; an image is one."""
+    """Mean and largest tokens of a training row; an image is one. Without rows at hand: TOKENS, and all that is allowed."""
     if config.task.kind == "image":
         return 1, 1
-    longest = min(config.model.max_length or 512, config.task.max_length)
-    return min(longest, _mean_tokens(config)), longest
+    allowed = min(config.model.max_length or 512, config.task.max_length)
+    if not (found := _characters(config)):
+        return min(allowed, TOKENS), allowed
+    each = 1.0 if config.model.path.startswith("random:") else CHARACTERS  # these read bytes
+    mean, longest = (min(allowed, max(8, round(n / each) + 3)) for n in found)
+    return mean, longest
 
 
-_lengths: dict[str, int] = {}  # of a task's rows, which take a while to be looked for
+_lengths: dict[str, tuple[float, ...]] = {}  # of a task's rows, which take a while to be looked for
 
 
-def _mean_tokens(config: Config) -> int:
-    key = repr((config.task, config.data.root))
+def _characters(config: Config) -> tuple[float, ...]:
+    """Mean and largest characters of a training row; nothing where no rows can be had here."""
+    key = repr((config.task, config.data))
     if key not in _lengths:
-        _lengths[key] = _measured_tokens(config)
+        _lengths[key] = _measured(config.task, config.data)
     return _lengths[key]
 
 
-def _measured_tokens(config: Config) -> int:
-    from tasks.data import DataConfig, MissingData
+def _measured(task: Task, data: DataConfig) -> tuple[float, ...]:
+    from tasks.data import MissingData
 
     try:
-        rows = config.task.load(DataConfig(mode="real", root=config.data.root), 0).splits["train"]
+        rows = task.load(data if data.mode == "standin" else replace(data, mode="real")).splits["train"]
     except (MissingData, ValueError):
-        return TOKENS
-    texts = rows.select(range(min(200, len(rows)))).to_pandas().drop(columns="row_id").astype(str)
-    return max(8, round(float(texts.apply(lambda column: column.str.len()).sum(axis=1).mean()) / CHARACTERS) + 3)
+        return ()
+    texts = rows.to_pandas().drop(columns="row_id").astype(str)
+    found = texts.apply(lambda column: column.str.len()).sum(axis=1)
+    return float(found.mean()), float(found.max())
 
 
 def _applied(config: Config) -> tuple[nn.Module, set[int]]:

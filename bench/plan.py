@@ -51,7 +51,7 @@ def main() -> int:
     args = parser.parse_args()
     lines = list(plan(args.overrides))
     rates = {p: gpu_rate(args.gpu, p, args.share) if args.gpu else calibrate() for p in {x.precision for x in lines}}
-    print(table(lines, rates, GPUS[args.gpu][2] if args.gpu else None))
+    print(table(lines, rates, GPUS[args.gpu][2] if args.gpu else None, 0.0 if args.gpu else around()))
     print(explain(args.gpu, args.share, rates))
     return 0
 
@@ -153,14 +153,42 @@ def calibrate(seconds: float = 2.0) -> float:
     return work / sorted(times)[len(times) // 2]
 
 
-def table(lines: list[Line], rates: dict[str, float], limit: float | None = None) -> str:
-    """One aligned line per method, model and task, and their sum. limit: GiB of the device, to mark what exceeds it."""
+@cache
+def around() -> float:
+    """Seconds of a run on this machine but for its steps: start, rows, a tiny model, record. The second of two, so no imports."""
+    import tempfile
+
+    from bench.config import compose
+    from bench.run import run
+
+    tiny = [
+        "method=lora",
+        "model=random_bert",
+        "task=rte",
+        "data=standin",
+        "wandb=off",
+        "isolate=false",
+        "train.steps=0",
+    ]
+    limits = [f"task.limit.{split}=8" for split in ("train", "val", "test")]
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in (0, 1):
+            start = time.perf_counter()
+            run(compose([*tiny, *limits, f"results={folder}", f"seed={seed}"]))
+        return time.perf_counter() - start
+
+
+def table(lines: list[Line], rates: dict[str, float], limit: float | None = None, each: float = 0.0) -> str:
+    """One aligned line per method, model and task, and their sum.
+
+    limit: GiB of the device, to mark what exceeds it. each: seconds of a run but for its steps.
+    """
     from bench.table import aligned
 
     rows = [("method", "model", "task", "runs", "steps", "trained", "hours", "memory GiB", "disk MiB", "")]
     hours, disk = 0.0, 0.0
     for x in lines:
-        h, c = x.cost.flops * x.trainings / rates[x.precision] / 3600, x.cost
+        h, c = (x.cost.flops * x.trainings / rates[x.precision] + each * x.runs) / 3600, x.cost
         hours, disk = hours + h, disk + c.disk * x.runs / 2**20
         note = c.note or ("out of memory?" if limit and c.memory / 2**30 > limit else "")
         numbers = (
@@ -177,7 +205,8 @@ def table(lines: list[Line], rates: dict[str, float], limit: float | None = None
         rows.append((x.method, x.model, x.task, str(x.runs), *numbers, note))
     planned = [x for x in lines if not x.cost.note]
     peak = max((x.cost.memory for x in planned), default=0) / 2**30
-    total = (f"{sum(x.runs for x in planned)}", "", "", f"{hours:.2f}", f"{peak:.2f}", f"{disk:.1f}", "")
+    said = f"{hours:.2f}" if hours >= 1 else f"{hours:.3g}"
+    total = (f"{sum(x.runs for x in planned)}", "", "", said, f"{peak:.2f}", f"{disk:.1f}", "")
     rows.append(("all", "", "", *total))
     return aligned(rows)
 
@@ -186,8 +215,11 @@ def explain(gpu: str | None, share: float, rates: dict[str, float]) -> str:
     """How the numbers were made."""
     said = ", ".join(f"{p} {rate:.3g}" for p, rate in sorted(rates.items()))
     where = f"{share:g} of the peak of one {gpu} (an assumption)" if gpu else "measured on this machine just now"
+    beside = (
+        "starts and loading not included" if gpu else "a run's start and record timed too, imports and fetching not"
+    )
     return (
-        f"hours = (training + evaluation FLOPs, counted) / FLOP/s; FLOP/s: {said}, {where}; starts and loading not included.\n"
+        f"hours = (training + evaluation FLOPs, counted) / FLOP/s; FLOP/s: {said}, {where}; {beside}.\n"
         f"memory = weights + trained x (gradient + 2 moments) + activations of the longest batch; disk = stored parameters "
         f"+ {ROW_BYTES} bytes per prediction. Tokens per row: characters / {CHARACTERS:g} of rows at hand, else {TOKENS}; "
         f"generated: as many as a task allows."

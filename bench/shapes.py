@@ -82,6 +82,9 @@ def skeleton(cfg: ModelConfig, task: Task) -> nn.Module:
         options["attn_implementation"] = cfg.attention
     with torch.device("meta"):
         model = getattr(transformers, task.model_class).from_config(config, **options)
+    for part in model.modules():  # would look for padding among token ids that have no values
+        if isinstance(part, transformers.PreTrainedModel):
+            part.warn_if_padding_and_no_attention_mask = lambda *_: None  # type: ignore[method-assign]
     linear_conv1d(model)
     freeze(model, HEADS if task.head else ())
     return model

@@ -70,7 +70,7 @@ class LISA(Part):
 
     def draw(self, model: nn.Module) -> None:
         layers = trained_layers(model)
-        self.active = sorted(torch.randperm(len(layers))[: self.layers].tolist())
+        self.active = sorted(torch.randperm(len(layers), device="cpu")[: self.layers].tolist())
         wake(layers, self.active)
 
     def follow(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -119,6 +119,33 @@ def test_load_names_what_it_leaves_out(results):
     assert {path.split("/")[-2] for path, _ in runs.attrs["problems"]} == {*contents, "bytes", "folder"}
 
 
+def test_a_collected_file_is_read_like_its_folder(results, tmp_path, capsys):
+    from analysis.__main__ import main
+    from bench.collect import collect
+
+    inside, outside = results / "results.parquet", tmp_path / "results.parquet"
+    for file in (inside, outside):
+        collect(results, file)
+    runs = analysis.load(results)
+    pd.testing.assert_frame_equal(analysis.load(inside), runs, check_like=True)  # with the paths of its predictions
+    alone = analysis.load(outside)
+    pd.testing.assert_frame_equal(alone.drop(columns="path"), runs.drop(columns="path"), check_like=True)
+    assert not any(map(analysis.plots_runs.history_of, alone["path"]))
+    texts = []
+    for given in (results, outside):
+        assert main(["table", str(given)]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and "lora" in texts[0]
+
+
+def test_a_file_that_is_not_collected_names_the_way_out(tmp_path):
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
+    (tmp_path / "text.parquet").write_text("text")
+    for name in ("other", "text"):
+        with pytest.raises(analysis.NoRuns, match=r"not a file that python -m bench\.collect wrote"):
+            analysis.load(tmp_path / f"{name}.parquet")
+
+
 def test_no_runs_names_the_way_out(tmp_path):
     with pytest.raises(analysis.NoRuns, match=r"nowhere: no such folder.*python -m bench"):
         analysis.load(tmp_path / "nowhere")

@@ -36,12 +36,10 @@ def test_the_experiments_are_there():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_every_value_that_an_experiment_sweeps_composes(file):
-    grid = dict(choices(file))
-    first = {key: values[0] for key, values in grid.items()}
-    for key, values in grid.items():
-        for value in values if key != "seed" else values[:1]:
-            config = compose([f"experiment={file.stem}", *(f"{k}={v}" for k, v in (first | {key: value}).items())])
-            assert config.name and config.train.batch_size >= 1
+    grid = {key: values if key != "seed" else values[:1] for key, values in choices(file)}
+    for i in range(max(map(len, grid.values()), default=0)):  # the i-th value of each at once
+        config = compose([f"experiment={file.stem}", *(f"{k}={v[i % len(v)]}" for k, v in grid.items())])
+        assert config.name and config.train.batch_size >= 1
 
 
 @pytest.mark.parametrize("name", sorted(NAMED))

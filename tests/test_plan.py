@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from bench import estimate
 from bench import plan as planning
 from bench.config import CONF, compose
 from bench.estimate import cost, row_counts
@@ -43,6 +44,29 @@ def test_an_estimate_is_what_the_run_records(tmp_path, method, model, task):
     if task == "digits":  # images have no length to be guessed
         assert counted == pytest.approx(record.memory["peak"], rel=0.05)
         assert planned.train == pytest.approx(record.flops["total_train"], rel=0.05)
+
+
+@pytest.mark.parametrize("method", ("lora", "full_ft", "mezo"))
+def test_many_classes_cost_what_counting_them_says(method):
+    config = compose([f"method={method}", "model=random_vit", "task=vtab_dtd"])
+    assert config.task.labels == 47 and estimate._counted(config, 8, 1, 1) == estimate._shape(config, 8, 1, 1)
+
+
+@pytest.mark.parametrize("model", ("deberta", "gpt2", "llama"))
+def test_generated_rows_give_a_plan_their_number_and_their_length(model):
+    config = compose([f"model=random_{model}", "task=rte", *TINY, *LIMITS])
+    rows = config.task.load(config.data)
+    assert row_counts(config.task, config.data) == {k: len(v) for k, v in rows.splits.items()}
+    mean, longest = estimate.lengths(config)
+    texts = rows.splits["train"].to_pandas()
+    characters = texts["sentence1"].str.len() + texts["sentence2"].str.len()
+    assert characters.mean() <= mean <= longest <= characters.max() + 10  # a byte is a token, and a few separate
+    assert cost(config).flops > 0
+
+
+def test_without_rows_a_plan_takes_a_usual_length_and_the_longest_allowed(tmp_path):
+    config = compose(["model=roberta_base", "task=mnli", "data=real", f"data.root={tmp_path}", "task.max_length=200"])
+    assert estimate.lengths(config) == (estimate.TOKENS, 200)
 
 
 def test_a_grid_is_counted_cell_by_cell_and_says_what_is_skipped():
