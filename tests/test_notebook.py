@@ -20,7 +20,8 @@ def executed(name, folder, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     notebook = jupytext.read(NOTEBOOKS / f"{name}.py")
     assert notebook.metadata.kernelspec.name == "python3"
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
+    # a cell takes seconds of a core; the limit is for one that hangs, on a machine that is busy with others
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [o for o in outputs if o.output_type == "error"]
     texts = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs]
