@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         ("export", _export, "write the table as csv, markdown or latex"),
     ):
         command = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES, formatter_class=raw)
-        command.add_argument("runs", nargs="?", type=Path, default=Path("results"), help="folder of runs (results), or its collected file")
+        command.add_argument(
+            "runs", nargs="?", type=Path, default=Path("results"), help="folder or collected file (results)"
+        )
         command.set_defaults(run=run)
         if name == "table":
             command.add_argument("--suite", help="its averages: vtab, glue, commonsense or fgvc")

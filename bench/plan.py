@@ -156,6 +156,8 @@ def calibrate(seconds: float = 2.0) -> float:
 @cache
 def around() -> float:
     """Seconds of a run on this machine but for its steps: start, rows, a tiny model, record. The second of two, so no imports."""
+    import contextlib
+    import io
     import tempfile
 
     from bench.config import compose
@@ -171,10 +173,15 @@ def around() -> float:
         "train.steps=0",
     ]
     limits = [f"task.limit.{split}=8" for split in ("train", "val", "test")]
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # its progress is of no use
         for seed in (0, 1):
             start = time.perf_counter()
-            run(compose([*tiny, *limits, f"results={folder}", f"seed={seed}"]))
+            record = run(compose([*tiny, *limits, f"results={folder}", f"seed={seed}"]))
+            if record.status != "ok":
+                raise RuntimeError(f"the run that is timed has failed: {record.reason}")
         return time.perf_counter() - start
 
 

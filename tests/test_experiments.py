@@ -13,7 +13,7 @@ FILES = sorted((CONF / "experiment").glob("*.yaml"))
 PUBLISHED = sorted((CONF / "experiment" / "published").glob("*.yaml"))
 NAMED = {
     "glue_roberta", "glue_deberta", "vtab_vit", "gsm8k_llama", "intruder_mnli", "rank_sweep", "alpha_rule", "low_data",
-    "memory_ladder", "smoke", "tune_brief", "tune_glue", "tune_vtab",
+    "memory_ladder", "smoke", "demo", "tune_brief", "tune_glue", "tune_vtab",
 }  # fmt: skip
 
 
