@@ -20,7 +20,13 @@ def bench(*arguments):
 def test_help_shows_groups_and_examples():
     done = bench("--help")
     assert done.returncode == 0
-    for text in ("python -m bench method=lora task=rte", "linear_probe", "smollm2_135m", "gsm8k", "experiment: alpha_rule, demo,"):
+    for text in (
+        "python -m bench method=lora task=rte",
+        "linear_probe",
+        "smollm2_135m",
+        "gsm8k",
+        "experiment: alpha_rule, demo,",
+    ):
         assert text in done.stdout
 
 
