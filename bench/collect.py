@@ -92,6 +92,7 @@ def _write(found: list[Row], target: Path) -> None:
 
 
 def main() -> int:
+    """The command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.collect", description=__doc__)
     parser.add_argument("runs", type=Path, help="the folder of results, and what lies below it")
     parser.add_argument("-o", "--output", type=Path, default=Path("results.parquet"))

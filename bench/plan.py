@@ -42,6 +42,7 @@ class Line:
 
 
 def main() -> int:
+    """The command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__)
     parser.add_argument("overrides", nargs="+", metavar="key=value", help="what `python -m bench` would be given")
     parser.add_argument("--gpu", choices=sorted(GPUS), help="plan for this GPU, not for this machine")

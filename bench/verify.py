@@ -104,6 +104,7 @@ def row(check: Check) -> tuple[str, ...]:
 
 
 def main() -> int:
+    """The command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.verify", description=__doc__)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--sample", type=int, help="so many records, drawn at random; all without it")
