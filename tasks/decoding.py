@@ -43,7 +43,7 @@ class Decoding:
 
     def mergeable(self) -> bool:
         """Whether rows of another length can join: plain caches that hold just the tokens which `mask` tells of."""
-        plain = all(type(layer).__name__ == "DynamicLayer" and layer.is_initialized for layer in self.cache.layers)
+        plain = all(type(layer).__name__ == "RoomyLayer" for layer in self.cache.layers)
         return plain and self.cache.get_seq_length() == self.mask.shape[1]
 
     def joined(self, other: Decoding) -> Decoding:
@@ -129,9 +129,11 @@ def generate(model: Any, prompts: Iterable[list[list[int]]], limits: Limits) -> 
 
 def _start(model: Any, prompts: dict[int, list[int]], limits: Limits) -> Decoding:
     """Read the prompts, padded in front, and decode the first token of each."""
+    from tasks.kv_cache import with_room
+
     ids, mask = _padded(model, list(prompts.values()), limits)
     new, cache = _next(model, ids, mask, None)
-    return Decoding(list(prompts), mask, cache, [[token] for token in new])
+    return Decoding(list(prompts), mask, with_room(cache), [[token] for token in new])
 
 
 def _step(model: Any, active: Decoding) -> None:

@@ -72,3 +72,21 @@ def test_caches_that_cannot_be_joined_are_emptied_first():
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.inference_mode():
         assert greedy(model, prompts(10, 4), LIMITS) == [cut(n) for n in generate(model, prompts(10, 4), LIMITS)]
+
+
+def test_a_token_is_written_behind_the_others_and_nothing_is_copied():
+    from tasks.decoding import _start, _step
+
+    model = random_model("llama")
+    with torch.inference_mode():
+        active = _start(model, dict(enumerate(prompts(4, 4)[0])), LIMITS)
+        _step(model, active)
+        layer = active.cache.layers[0]
+        before, held = layer.keys.data_ptr(), layer.keys.clone()
+        _step(model, active)
+        assert layer.keys.data_ptr() == before and torch.equal(layer.keys[..., :-1, :], held)
+        whole = layer.keys.clone()
+        active.keep([0, 2])
+        assert torch.equal(layer.keys, whole[[0, 2]][..., -layer.keys.shape[-2] :, :])
+        _step(model, active)
+        assert layer.keys.data_ptr() != before and len(layer.keys) == 2
