@@ -112,12 +112,17 @@ def fingerprint(processor: Any) -> str:
     """16 hex digits of a tokenizer's vocabulary, rules and settings; wherever it came from, whatever it did before."""
     settings = {name: getattr(processor, name, None) for name in SETTINGS} | {"class": type(processor).__qualname__}
     if (backend := getattr(processor, "backend_tokenizer", None)) is not None:
-        content = json.loads(backend.to_str())
-        left = ("truncation", "padding")  # by its last call
-        return digest(settings | {"content": {k: v for k, v in content.items() if k not in left}})
+        return digest(settings | {"content": _rules(backend.to_str())})
     with tempfile.TemporaryDirectory() as saved:
         processor.save_pretrained(saved)
         return digest(settings | {"content": _content(Path(saved), "*")})
+
+
+@lru_cache(maxsize=8)
+def _rules(backend: str) -> str:
+    """SHA-256 of a tokenizer written as JSON, but for what its last call left there."""
+    content = {k: v for k, v in json.loads(backend).items() if k not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def digest(parts: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -49,6 +50,7 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
     return {**software, **hardware, **memory, **_commit(), "fingerprint": fingerprint}
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -65,8 +67,12 @@ def _flags() -> dict[str, Any]:
     }
 
 
+@cache
 def _commit() -> dict[str, Any]:
-    """The project's commit and whether tracked files differ from it; nulls where it does not run from its own checkout."""
+    """The project's commit and whether tracked files differ from it; nulls where it does not run from its own checkout.
+
+    Asked once per process, when its code has just been imported.
+    """
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:

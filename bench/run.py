@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from bench import distributed, measure
-from bench.batches import TrainBatches, longest
+from bench.batches import TrainBatches, elements, longest
 from bench.config import Config, from_record
 from bench.isolate import in_a_process, isolated
 from bench.ledger import Claim, Claimed
 from bench.model import counts, trained_state
 from bench.prepare import Prepared, find_device, prepare, seed_everything
 from bench.record import PART, Record, identity, replacing
+from bench.rows import load
 from bench.selection import unlock
 from bench.session import Costs, Session
 from bench.track import Tracker, track
@@ -46,7 +46,7 @@ def run(config: Config, *, since: float | None = None) -> Record:
     record = _new_record(config)
     results = Path(config.results)
     try:
-        rows = config.task.load(config.data, config.seed)
+        rows = load(config)
         record.data, record.id = rows.source, identity(record.config, rows.source)
         record.task += " (stand-in)" if rows.source["standin"] else ""
         if (done := _done(record, config, since)) is not None:
@@ -67,7 +67,7 @@ def follow(values: dict[str, Any], stop: Stop) -> None:
     """What the other ranks of torchrun do of the run that rank 0 computes and keeps. Raises what stops it."""
     config = from_record(values, values["classes"])
     record = _new_record(config)
-    rows = config.task.load(config.data, config.seed)
+    rows = load(config)
     record.data, record.id = rows.source, identity(record.config, rows.source)
     _run(record, config, rows, Tracker(), stop)
 
@@ -151,15 +151,26 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Tracker, stop: Sto
         record.data["truncated"] = {split: encoded.truncated for split, encoded in ready.encoded.items()}
         stop.owned()
         save_results(session.folder, {split: table for split, (table, _) in scored.items()}, ready, config)
-        if config.spectra:
-            from analysis.spectra_runs import of_run
-
-            record.spectra = of_run(ready.model, config, session.folder)
-        if config.forgetting:
-            from analysis import forgetting
-
-            record.forgetting = forgetting.of_run(ready.model, config)
+        if config.spectra or config.forgetting:
+            _look_inside(record, config, rows, ready)
         session.checkpoint.unlink(missing_ok=True)
+
+
+def _look_inside(record: Record, config: Config, rows: Rows, ready: Prepared) -> None:
+    """What the training did to the weights and to what they knew; of shared-out weights on a model rebuilt in the machine's memory."""
+    model = ready.model
+    if config.shard:
+        from bench.evaluate import trained
+
+        model = trained(dataclasses.replace(config, device="cpu"), rows, trained_state(model)).model
+    if config.spectra:
+        from analysis.spectra_runs import of_run
+
+        record.spectra = of_run(model, config, Path(config.results) / record.id)
+    if config.forgetting:
+        from analysis import forgetting
+
+        record.forgetting = forgetting.of_run(model, config)
 
 
 def save_results(folder: Path, predictions: dict[str, pd.DataFrame], ready: Prepared, config: Config) -> None:
@@ -224,24 +235,15 @@ def _probe(ready: Prepared, loop: Loop, config: Config) -> dict[str, int]:
     size = -(-config.train.batch_size // config.train.accumulate // devices)
     batch = to_device(longest(ready.encoded["train"], size), loop.device)
     cost = measure.probe(ready.model, batch, loop.loss, backward=ready.method.backward)
-    return cost | {"size": _elements(batch), "devices": devices}
+    return cost | {"size": elements(batch), "devices": devices}
 
 
 def _flops(cost: dict[str, int], loop: Loop, batches: TrainBatches, config: Config) -> dict[str, int | None]:
     """FLOPs of a training step and of a forward on the longest rows; of the whole training in proportion to its tokens."""
-    seen = sum(_padded(batches, step) for step in range(loop.progress.step))
+    seen = sum(batches.elements(step) for step in range(loop.progress.step))
     total = round(cost["train_step"] * seen / cost["size"])
     return {
         "train_step": cost["train_step"] * config.train.accumulate * cost["devices"] if loop.steps else 0,
         "forward": cost["forward"] * cost["devices"],
         "total_train": total,
     }
-
-
-def _elements(batch: dict[str, Tensor]) -> int:
-    return batch["input_ids"].numel() if "input_ids" in batch else len(batch["labels"])
-
-
-def _padded(batches: TrainBatches, step: int) -> int:
-    rows = batches.indices(step)
-    return len(rows) * max(1, max(batches.encoded.length(i) for i in rows))

@@ -100,10 +100,14 @@ def _load(path: str, name: str | None, revision: str | None) -> DatasetDict:
 
     cache_dir = None  # the client's own
     if Path(path).is_absolute():  # its cache knows a local file by its time of change alone: two mirrors could mix
-        stamp = sorted((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in Path(path).rglob("*") if f.is_file())
-        digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(stamp(Path(path))).encode()).hexdigest()[:16]
         cache_dir = str(Path(datasets.config.HF_DATASETS_CACHE) / "paretune" / digest)
     return datasets.load_dataset(path, name, revision=revision, cache_dir=cache_dir)
+
+
+def stamp(folder: Path) -> list[tuple[str, int, int]]:
+    """Each file below a folder with its time of change in ns and its bytes; nothing where there is no folder."""
+    return sorted((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in folder.rglob("*") if f.is_file())
 
 
 def _lacks(error: Exception) -> bool:
