@@ -39,6 +39,11 @@ class TrainBatches:
     def __getitem__(self, step: int) -> Batch:
         return self.encoded.batch(self.indices(step))
 
+    def elements(self, step: int) -> int:
+        """`elements` of step `step`'s batch, which is not made."""
+        rows = self.indices(step)
+        return len(rows) * max(1, max(self.encoded.length(i) for i in rows))
+
     def micro(self, step: int, accumulate: int) -> list[Batch]:
         """Step `step` in `accumulate` parts of nearly equal numbers of rows; of several devices, this one's rows."""
         rows = self.indices(step)
@@ -62,6 +67,11 @@ class TrainBatches:
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         order = torch.randperm(len(batches), generator=generator).tolist()
         return [batches[i] for i in order]
+
+
+def elements(batch: Batch) -> int:
+    """Tokens of a batch, its padding included; images count as one."""
+    return batch["input_ids"].numel() if "input_ids" in batch else len(batch["labels"])
 
 
 def longest(encoded: Encoded, batch_size: int) -> Batch:

@@ -91,6 +91,10 @@ def leading(config: Config, values: dict[str, Any]) -> Iterator[None]:
     failure, and not `skipped`, so that the cell is run where it is asked for without torchrun.
     """
     if launched() == 1:
+        if config.shard:
+            raise ValueError(
+                "shard=true shares weights out over the processes of torchrun, and this is one: start it by that"
+            )
         yield
         return
     _refuse(config)
@@ -114,6 +118,10 @@ def _refuse(config: Config) -> None:
         )
     if config.train.features != "off":
         raise ValueError("train.features keeps the rows of one process: use train.features=off with torchrun")
+    if config.shard and config.spectra_every:
+        raise ValueError(
+            "spectra_every looks at whole weights, which no process has under shard=true: leave one of them out"
+        )
     if not config.method.parallel:
         raise ValueError(
             "the method sums over the rows of one process what cannot be summed over several: leave out torchrun"
@@ -213,7 +221,8 @@ def mark(record: Any) -> None:
     """Say in a record that its costs are those of several devices, so that no table has them beside those of one."""
     if size() == 1:
         return
-    record.environment |= {"device": f"{size()} x {record.environment['device']}", "devices": size()}
+    shared = ", sharded" if record.config["shard"] else ""
+    record.environment |= {"device": f"{size()} x {record.environment['device']}{shared}", "devices": size()}
     peaks = [json.loads(part) for part in collectives.gather(json.dumps(record.memory.get("peak")).encode())]
     record.memory |= {f"peak_rank_{k}": peak for k, peak in enumerate(peaks)}
     record.memory["peak"] = max((p for p in peaks if p is not None), default=None)

@@ -11,7 +11,10 @@ from bench.config import Config, from_record
 from bench.record import Record, identity
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bench.prepare import Prepared
+    from tasks import Rows
 
 
 def rebuild(path: Path, root: str | None = None, device: str = "cpu") -> tuple[Config, Prepared]:
@@ -20,11 +23,7 @@ def rebuild(path: Path, root: str | None = None, device: str = "cpu") -> tuple[C
     path: a record or its folder. root: another place of the data's mirror.
     Raises FileNotFoundError without the state, ValueError where the rows are no longer those of the run.
     """
-    import torch
     from safetensors.torch import load_file
-
-    from bench.model import load_trained_state
-    from bench.prepare import find_device, prepare
 
     folder = path if path.is_dir() else path.parent
     record = Record.load(path)
@@ -37,11 +36,21 @@ def rebuild(path: Path, root: str | None = None, device: str = "cpu") -> tuple[C
         raise ValueError(
             f"the rows of {record.task} are not those of the run {record.id}: {rows.source['fingerprints']}"
         )
+    return config, trained(config, rows, load_file(folder / "state.safetensors"))
+
+
+def trained(config: Config, rows: Rows, state: dict[str, Tensor]) -> Prepared:
+    """The model of this configuration in one process, with a finished run's trained state."""
+    import torch
+
+    from bench.model import load_trained_state
+    from bench.prepare import find_device, prepare
+
     ready = prepare(config, rows, find_device(config))
     ready.method.finish(ready.model)
     with torch.no_grad():
-        load_trained_state(ready.model, load_file(folder / "state.safetensors"))
-    return config, ready
+        load_trained_state(ready.model, state)
+    return ready
 
 
 def evaluate(path: Path, root: str | None = None, device: str = "cpu") -> dict[str, float]:

@@ -56,17 +56,22 @@ def _forward(model: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
     checkpointing this is what is kept between forward and backward, not what the recomputation needs.
     """
     own = {s._cdata for t in model_tensors(model) for s in storages(t)}
-    kept: dict[int, tuple[StorageWeakRef, int]] = {}
+    kept: dict[int, StorageWeakRef] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         for s in storages(tensor):
             if s._cdata not in own:
-                kept[s._cdata] = (StorageWeakRef(s), s.nbytes())
+                kept[s._cdata] = StorageWeakRef(s)
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = run()
-    return loss, sum(size for reference, size in kept.values() if not reference.expired())
+    return loss, sum(_size(reference) for reference in kept.values() if not reference.expired())
+
+
+def _size(reference: StorageWeakRef) -> int:
+    """Bytes of a living storage at this moment: none of a sharded weight that was whole during the forward alone."""
+    return torch.UntypedStorage._new_with_weak_ptr(reference.cdata).nbytes()
 
 
 def probe(model: nn.Module, batch: Batch, loss: Callable[[Batch], Tensor], *, backward: bool = True) -> dict[str, int]:

@@ -66,7 +66,7 @@ def find(model: nn.Module, batch: Batch) -> Prefix | None:
     Nothing in it or before it is trained now or later (`trains`), replaced or hooked by the method, or called twice, and no
     gradient reaches it. `batch`: any rows; one forward, which leaves no trace.
     """
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     if not blocks or not _frozen(blocks[0]):
         return None
     calls = _trace(model, batch)
@@ -91,10 +91,11 @@ def _ancestors(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts))]
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The model's blocks in their order; none where its architecture is not in the table."""
     try:
         pattern = re.compile(role(model, "layers"))
-    except Unsupported:  # an architecture that is not in the table
+    except Unsupported:
         return []
     return [m for n, m in model.named_modules() if pattern.search(n)]
 

@@ -18,6 +18,7 @@ from bench.config import Config
 from bench.encoded import Encoded, encode_splits
 from bench.model import build
 from bench.prefix import Prefix, keep_evaluating
+from bench.sharding import in_step, shard, shards
 from bench.train import Stop, autocast, to_device
 from methods.base import Batch, Method, Unsupported
 
@@ -46,6 +47,10 @@ class Prepared:
         cfg = config.train
         return TrainBatches(self.encoded["train"], batch_size=cfg.batch_size, seed=config.seed, buckets=cfg.buckets)
 
+    def few(self) -> Batch:
+        """Two training rows, or the only one."""
+        return self.encoded["train"].batch(list(range(min(2, len(self.encoded["train"])))))
+
     def predict(self, split: str, config: Config, stop: Stop | None = None) -> pd.DataFrame:
         """Predictions for each row of `split`, in the order of row ids; several devices share the rows."""
 
@@ -58,7 +63,12 @@ class Prepared:
         training = self.model.training
         self.model.eval()
         table = None
-        with distributed.together(), torch.inference_mode(), autocast(config.train.precision, self.device):
+        with (
+            distributed.together(),
+            torch.inference_mode(),
+            autocast(config.train.precision, self.device),
+            in_step(self.model),
+        ):
             if distributed.share(range(len(self.encoded[split]))):
                 table = self.task.task_of(split).predict(self.model, batches(), self.processor)
         self.model.train(training)
@@ -69,7 +79,8 @@ def prepare(config: Config, rows: Rows, device: torch.device) -> Prepared:
     """Build the pretrained model, apply the method: the same for the same seed, whatever ran before."""
     seed_everything(config.seed)
     built = build(config.model, config.task)
-    model = built.model.to(device)
+    home = torch.device("cpu") if shards(config) else device  # until each device has its part
+    model = built.model.to(home)
     encoded = encode_splits(rows, config.task, built.processor)
     head = {id(p) for p in model.parameters() if p.requires_grad}
     if config.train.gradient_checkpointing:
@@ -77,8 +88,8 @@ def prepare(config: Config, rows: Rows, device: torch.device) -> Prepared:
         model.enable_input_require_grads()  # type: ignore[operator]
     ready = Prepared(model, config.method, config.task, built.processor, encoded, head, built.source, device)
     seed_everything(config.seed)
-    batches = (to_device(batch, device) for batch in ready.train_batches(config))
-    ready.model = config.method.apply(model, batches).to(device)
+    batches = (to_device(batch, home) for batch in ready.train_batches(config))
+    ready.model = config.method.apply(model, batches).to(home)
     if config.train.precision == "bf16_full":
         ready.model.to(torch.bfloat16)
     if not any(p.requires_grad for p in ready.model.parameters()) and not config.method.untrained:
@@ -86,9 +97,10 @@ def prepare(config: Config, rows: Rows, device: torch.device) -> Prepared:
             "nothing is trained: the method leaves every parameter frozen and the task brings no new head"
         )
     if not config.method.untrained:
-        any_rows = ready.encoded["train"].batch(list(range(min(2, len(ready.encoded["train"])))))
-        ready.prefix = keep_evaluating(ready.model, to_device(any_rows, device))
+        ready.prefix = keep_evaluating(ready.model, to_device(ready.few(), home))
         ready.source["evaluation_mode"] = list(ready.prefix.below) if ready.prefix else []
+    if shards(config):
+        shard(ready.model, device, ready.few())
     return ready
 
 

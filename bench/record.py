@@ -36,6 +36,7 @@ _NOT_IDENTITY = (
     "isolate",
     "lease",
     "cells_per_gpu",
+    "shard",
 )
 PART = ".part"  # the end of a file's name that is being written
 

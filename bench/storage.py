@@ -12,9 +12,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
-    """The storages behind a tensor: one, or those of a sparse tensor's or a quantised wrapper's parts."""
+    """The storages behind a tensor: one, those of a sparse tensor's or a quantised wrapper's parts, or of this rank's shard."""
     if is_traceable_wrapper_subclass(tensor):
-        return [s for name in tensor.__tensor_flatten__()[0] for s in storages(getattr(tensor, name))]
+        parts = [
+            getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]
+        ]  # a shard's also name its device mesh
+        return [s for part in parts if isinstance(part, Tensor) for s in storages(part)]
     if tensor.layout is torch.sparse_coo:
         return [*storages(tensor._indices()), *storages(tensor._values())]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):

@@ -18,6 +18,7 @@ from bench import distributed
 from bench.ledger import Claim, Claimed
 from bench.model import load_trained_state, trained_state
 from bench.prefix import train_mode
+from bench.sharding import in_step
 
 if TYPE_CHECKING:
     from bench.batches import TrainBatches
@@ -87,7 +88,7 @@ class Loop:
         counts = [int((part["labels"] != -100).sum()) for part in parts]
         everywhere = max(distributed.total(sum(counts)), 1)
         total = torch.zeros((), device=self.device)
-        with distributed.together(), distributed.own_draws(self.progress.step):
+        with distributed.together(), distributed.own_draws(self.progress.step), in_step(self.model):
             for part, count in zip(parts, counts, strict=True):
                 loss = self.loss(part) * (count / everywhere)
                 if torch.is_grad_enabled():  # a zeroth-order optimizer asks for the loss alone
