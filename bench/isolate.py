@@ -1,7 +1,7 @@
 """A run in a process of its own: its peaks of memory are its alone, and its crash is a status of its own.
 
-`run` calls this under any launcher. The child reads the configuration as JSON, claims the run and saves the record itself;
-this process lends it a share of a GPU, passes signals on, and writes the record only where the child died.
+`run` calls this under any launcher. The child, which `warm.py` makes, reads the configuration as JSON, claims the run and
+saves the record itself; this process lends it a share of a GPU, and writes the record only where the child died.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,10 +24,9 @@ from typing import IO, Any
 from bench.config import Config, from_record
 from bench.ledger import Claim, Claimed, holder
 from bench.record import Record
-from bench.train import handling
+from bench.warm import serve, server
 
 RUNNING = 75  # the child's exit code where another worker has the run
-SIZE = {"linux": 1024}.get(sys.platform, 1)  # bytes in the unit of ru_maxrss
 
 
 def isolated(config: Config) -> bool:
@@ -47,10 +45,11 @@ def in_a_process(config: Config, record: Record, since: float | None) -> Record:
     results = Path(config.results)
     if owner := holder(results, record.id, config.lease):
         raise Claimed(f"running elsewhere: process {owner.get('pid', '?')} on {owner.get('host', '?')}")
-    job = {"config": record.config | {"isolate": False}, "since": since}
+    warm = server(() if config.wandb == "off" else ("wandb",))
     killed = oom_kills()
     with share_of_gpu(config) as slot, tempfile.TemporaryFile("w+") as trace:
-        code, peak = _child(json.dumps(job), trace, slot)
+        job = {"config": record.config | {"isolate": False}, "since": since, "environment": slot.environment}
+        code, peak = warm.run(job, (trace.fileno(), *slot.files))
         trace.seek(0)
         record.traceback = trace.read()
     if code == RUNNING:
@@ -83,27 +82,6 @@ def oom_kills() -> int:
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
     return 0
-
-
-def _child(job: str, trace: IO[str], slot: Slot) -> tuple[int, int]:
-    """Run the child to its end; its exit code (minus the signal that killed it) and its resident peak in bytes."""
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench.isolate", str(trace.fileno())],
-        stdin=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": path} | slot.environment,
-        pass_fds=(trace.fileno(), *slot.files),
-        start_new_session=True,  # Ctrl-C on a terminal reaches it through this process alone, once
-    )
-    assert process.stdin is not None
-    with handling(lambda number, frame: process.send_signal(number)):
-        with suppress(BrokenPipeError):
-            process.stdin.write(job.encode())
-            process.stdin.close()
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_maxrss * SIZE
 
 
 class Slot:
@@ -168,14 +146,18 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def main(trace: str) -> int:
-    """The child: one run from the JSON on standard input."""
+def main(requests: str, *modules: str) -> int:
+    """The server of `warm.py`; in each of its children one run, whose job is in the first of the files."""
+    _die_with_parent()
+    text, trace, *_ = serve(int(requests), list(modules))
+    _die_with_parent()
+    faulthandler.enable(file=trace)
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s][%(name)s] %(message)s")
+    with open(text) as file:
+        job: dict[str, Any] = json.load(file)
+    os.environ.update(job["environment"])
     from bench.run import run
 
-    faulthandler.enable(file=int(trace))
-    _die_with_parent()
-    logging.basicConfig(level=logging.INFO, format="[%(asctime)s][%(name)s] %(message)s")
-    job: dict[str, Any] = json.load(sys.stdin)
     config = from_record(job["config"], job["config"]["classes"])
     record = run(config, since=job["since"])
     if record.status == "running":
@@ -184,4 +166,4 @@ def main(trace: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

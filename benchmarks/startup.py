@@ -90,10 +90,11 @@ def starting(rounds: int, results: str) -> None:
     show("--help", *median(rounds, "-m", "bench", "--help"))
     show("imports of torch, transformers, datasets", *median(rounds, "-c", IMPORTS))
     show("first training step", *median(rounds, "-c", FIRST_STEP, *run))
-    one = median(rounds, "-m", "bench", "-m", *run, "seed=0")
-    five = median(rounds, "-m", "bench", "-m", *run, "seed=0,1,2,3,4")
-    show("a sweep of one cell, whole", *one)
-    show("one more cell of the sweep", *((b - a) / 4 for a, b in zip(one, five, strict=True)))
+    for words, isolate in (("", "false"), (", isolated", "true")):
+        one = median(rounds, "-m", "bench", "-m", *run, f"isolate={isolate}", "seed=0")
+        five = median(rounds, "-m", "bench", "-m", *run, f"isolate={isolate}", "seed=0,1,2,3,4")
+        show(f"a sweep of one cell, whole{words}", *one)
+        show(f"one more cell of the sweep{words}", *((b - a) / 4 for a, b in zip(one, five, strict=True)))
 
 
 def encoding(cache: str) -> None:
