@@ -89,7 +89,7 @@ def scaled(what: Sequence[Cut], factor: float) -> Iterator[None]:
     kept = [cut.weight[cut.rows].detach().clone() for cut in what]
     with torch.no_grad():
         for cut, W in zip(what, kept, strict=True):
-            cut.weight[cut.rows] = W + ((factor - 1) * cut.left @ cut.right.T).to(W.dtype)
+            cut.weight[cut.rows] = W + ((factor - 1) * cut.left @ cut.right.T).to(W)
     try:
         yield
     finally:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-EXTRA = 4  # vectors beside the wanted ones
-DEPTH = 8  # products with W between two Rayleigh-Ritz steps
+from analysis.gram import Gram, thin
+
+EXTRA = 6  # vectors beside the wanted ones
+DEPTH = 6  # products with the Gram matrix between two Rayleigh-Ritz steps
 ROUNDS = 12
-GRAM = 1500  # up to this short side the eigenvectors of the Gram matrix are faster than iteration
 TOLERANCE = 5e-5  # bound of the angle between a returned and the exact vector, so of the error of a cosine
 
 
@@ -81,52 +81,27 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 def top(W: Tensor, k: int, start: Tensor | None = None, near: bool = False) -> Svd:
     """The k leading singular vectors of W (out, in) in float64, from `start` (min(out, in), b), on the short side.
 
-    near: `start` is known to hold no wrong vectors, so that a step of Rayleigh-Ritz and its residual prove it. Otherwise the
-    Gram matrix, or for large matrices block Krylov iteration. Where no proof succeeds, and where W is small, `full` answers.
+    near: `start` is known to hold no wrong vectors, so that a step of Rayleigh-Ritz and its residual prove it. Otherwise block
+    Krylov iteration, whose residual and a Cholesky factor prove it. Where no proof succeeds, and where W is small: the
+    eigenvectors of its Gram matrix in float64, and where that has lost them too `full`.
     """
     if W.shape[0] < W.shape[1]:
         return top(W.T, k, start, near).flip()
-    if W.shape[1] < 8 * (k + EXTRA):
+    if W.shape[1] < 6 * (k + EXTRA):
         return first(full(W), k)
-    D, large = W.double(), W.shape[1] > GRAM
-    found = None
-    if near or large:
-        start = random(D, k + EXTRA) if start is None else start.double()
-        found = _krylov(D, W.float(), orthonormal(start), k, range(0 if near else 1, ROUNDS if large else 1))
-    if found is None and not large:
-        found = _gram(D, k)
-    return first(full(W), k) if found is None else found
+    D = W.double()
+    start = orthonormal(random(D, k + EXTRA) if start is None else start.double())
+    found = _ritz(D, start, k, "update") if near else None
+    if found is None or found.error > TOLERANCE:
+        found = _krylov(D, W.float(), start, k) or _gram(D, k)
+    return first(full(W) if found is None else found, k)
 
 
 def _gram(D: Tensor, k: int) -> Svd | None:
     """By the k leading eigenvectors of D^T D; None where the k-th value is so small that its square is rounding."""
-    n = D.shape[1]
-    if D.is_cuda:
-        squares, V = (t[..., -k:] for t in torch.linalg.eigh(D.T @ D))
-    else:
-        from scipy.linalg import eigh
-
-        with blas_threads(torch.get_num_threads()):
-            found = eigh((D.T @ D).numpy(), subset_by_index=[n - k, n - 1], driver="evr", check_finite=False)
-        squares, V = (torch.from_numpy(t) for t in found)
-    S, V = squares.clamp_min(0).sqrt().flip(0), V.flip(1)
-    return None if S[-1] <= 1e-7 * S[0] else Svd(D @ V / S, S, V, solver="gram")
-
-
-def blas_threads(count: int) -> Any:
-    """A context in which numpy and scipy use `count` threads: their own pool does not hear of torch's number.
-
-    Where other processes work too, its waiting threads turn a millisecond into a hundred.
-    """
-    return _pools().limit(limits=count)
-
-
-@lru_cache
-def _pools() -> Any:
-    import scipy.linalg  # noqa: F401  (a pool is seen once its library is loaded)
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController().select(user_api="blas")
+    squares, V = Gram(D).eigen(k)
+    S = squares[:k].clamp_min(0).sqrt()
+    return None if S[-1] <= 1e-7 * S[0] else Svd(thin(D, V) / S, S, V, solver="gram")
 
 
 def first(svd: Svd, k: int) -> Svd:
@@ -134,32 +109,33 @@ def first(svd: Svd, k: int) -> Svd:
     return svd._replace(U=svd.U[:, :k], S=svd.S[:k], V=svd.V[:, :k])
 
 
-def _krylov(D: Tensor, F: Tensor, V: Tensor, k: int, rounds: range) -> Svd | None:
-    """Block Krylov iteration: the space grows in float32, values, vectors and residuals are Rayleigh-Ritz in float64.
+def _ritz(D: Tensor, V: Tensor, k: int, solver: str) -> Svd | None:
+    """The best vectors of D (m, n) within the span of V (n, b), orthonormal; None where the k-th value is rounding."""
+    image = thin(D, V)
+    S, C = ritz(image, V.shape[1])
+    if S[k - 1] <= 1e-7 * S[0]:
+        return None  # the square of a value that small is rounding
+    V, U = V @ C, image @ C / S.clamp_min(1e-300)
+    return Svd(U, S, V, _bound(S, (thin(D.T, U) - V * S).norm(dim=0), k), solver)
 
-    V: (n, b) orthonormal. Round 0 takes the span of V alone. A Cholesky factor proves that later ones missed no larger value.
+
+def _krylov(D: Tensor, F: Tensor, V: Tensor, k: int) -> Svd | None:
+    """Block Krylov iteration from V (n, b): the space grows in float32, values, vectors and residuals are those of D in float64.
+
+    A Cholesky factor proves that no larger value was missed. None where none was found, and where F, which is D in float32,
+    is too coarse for the k-th value.
     """
-    for i in rounds:
-        if i:
-            basis, image = _space(F, V.to(F.dtype))
-            V = orthonormal(basis.double() @ ritz(image.double(), V.shape[1])[1])
-        image = D @ V
-        S, C = ritz(image, V.shape[1])
-        if S[k - 1] <= 1e-7 * S[0]:
-            return None  # the square of a value that small is rounding
-        V, U = V @ C, image @ C / S.clamp_min(1e-300)
-        error = _bound(S, (D.T @ U - V * S).norm(dim=0), k)
-        if error <= TOLERANCE:
-            found = Svd(U[:, :k], S[:k], V[:, :k], error, "krylov" if i else "update")
-            return found if i == 0 or _complete(F, found) else None
+    gram = Gram(F)
+    for _ in range(ROUNDS):
+        basis, image = _space(gram, orthonormal(V.to(gram.dtype)))
+        V = basis @ torch.linalg.eigh(basis.T @ image)[1][:, -V.shape[1] :].flip(1)
+        found = _ritz(D, orthonormal(V.double()), k, "krylov")
+        if found is None or found.S[k - 1] < 0.01 * found.S[0]:
+            return None
+        if found.error <= TOLERANCE:
+            return first(found, k) if gram.complete(found.S[:k], found.V[:, :k]) else None
+        V = found.V
     return None
-
-
-def _complete(F: Tensor, found: Svd) -> bool:
-    """Whether no singular value of F beside those found is larger than the smallest of them (by Sylvester's inertia)."""
-    rest = F - (found.U * found.S).to(F.dtype) @ found.V.T.to(F.dtype)
-    limit = 1.002 * float(found.S[-1]) ** 2 * torch.eye(F.shape[1], dtype=F.dtype, device=F.device)
-    return int(torch.linalg.cholesky_ex(limit - rest.T @ rest)[1]) == 0
 
 
 def ritz(image: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -168,15 +144,15 @@ def ritz(image: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return squares.clamp_min(0).sqrt().flip(0)[:count], C.flip(1)[:, :count]
 
 
-def _space(F: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis of V, (F^T F) V, ..., and F times that basis."""
-    basis, last = V, F @ V
-    image = last
+def _space(gram: Gram, V: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis of V, G V, G^2 V, ..., and G times that basis."""
+    basis, image = V, gram @ V
+    last = image
     for _ in range(DEPTH - 1):
-        new = F.T @ last
+        new = last
         for _ in range(2):  # once is not enough where V is nearly invariant
             new = orthonormal(new - basis @ (basis.T @ new))
-        last = F @ new
+        last = gram @ new
         basis, image = torch.cat([basis, new], 1), torch.cat([image, last], 1)
     return basis, image
 

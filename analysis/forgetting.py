@@ -209,7 +209,7 @@ def _features(model: Any, rows: Any, batch: int = 50) -> tuple[Tensor, Tensor]:
     for i in range(0, len(rows), batch):
         part = rows.batch(list(range(i, min(i + batch, len(rows)))))
         states = own(pixel_values=part["pixel_values"].to(like.device)).last_hidden_state
-        found.append(states.flatten(1, -2).mean(1).double().cpu())
+        found.append(states.flatten(1, -2).mean(1).cpu().double())
         labels.append(part["labels"])
     model.train(training)
     return torch.cat(found), torch.cat(labels)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from analysis.decompose import Svd, cached, first, full, top
+from analysis.gram import Gram, thin
 from analysis.low_rank import guess, low_rank
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 K, EPSILON = 10, 0.5  # the paper's headline
 EPSILONS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+RANK_ERROR = 1e-3  # relative, of an effective rank
 TIE = 1e-5  # |cosine - epsilon| below which rounding decides
 
 
@@ -44,7 +46,8 @@ def measure(W0: Tensor, W1: Tensor, k: int = K, folder: Path | None = None, exac
         return row | _unchanged(base, k)
     D, noise = W1.float() - W0.float(), rounding(W1)
     row |= compare(base, tuned) | {"error": tuned.error, "solver": tuned.solver}
-    return row | update(base, _spectrum(D, change, k, exact), float(D.norm()), noise.spectral)
+    found = full(D) if exact else _spectrum(D, change, k, noise.spectral)
+    return row | update(base, found, float(D.norm()), noise.spectral)
 
 
 def leading(
@@ -93,17 +96,41 @@ def rounding(W: Tensor) -> Rounding:
     return Rounding(frobenius * (math.sqrt(W.shape[0]) + math.sqrt(W.shape[1])) / math.sqrt(W.numel()), frobenius)
 
 
-def _spectrum(D: Tensor, change: Svd | None, k: int, exact: bool) -> Svd:
-    """Of the change: the leading k vectors at least, and all singular values."""
-    if change is not None:
-        return change
-    if exact or min(D.shape) < 128:
-        return full(D)
-    tall = D.double() if D.shape[0] >= D.shape[1] else D.double().T
-    squares, V = torch.linalg.eigh(tall.T @ tall)
-    S, V = squares.clamp_min(0).sqrt().flip(0), V[:, -k:].flip(1)
-    found = Svd(tall @ V / S[:k].clamp_min(1e-300), S, V)
-    return found if tall.shape == D.shape else found.flip()
+def _spectrum(D: Tensor, change: Svd | None, k: int, floor: float) -> Svd:
+    """Of the change D (out, in): the leading k vectors at least, and all singular values; `error` as `rank_error` of `update`.
+
+    change: its decomposition where that is known. A dense one takes the Gram matrix of its short side: in float32 where the
+    bound of the error allows it, else in float64; where that leaves the numerical rank open, `full`.
+    """
+    if change is not None or min(D.shape) < 128:
+        return change or full(D)
+    if D.shape[0] < D.shape[1]:
+        return _spectrum(D.T, None, k, floor).flip()
+    for dtype in (torch.float32, torch.float64)[len(D) < 2 * D.shape[1] :]:
+        gram = Gram(D.to(dtype))
+        squares, V = gram.eigen(k)
+        error = gram.error(squares)
+        S = squares.double().clamp_min(0).sqrt()
+        noise = _noise(S, floor)
+        bound = _entropy_error(S[noise < S], error)
+        if bound < RANK_ERROR and float((squares - noise**2).abs().min()) > error:
+            V = V.to(D.dtype)
+            return Svd(thin(D, V) / S[:k].to(D.dtype), S, V, bound)
+    return full(D)
+
+
+def _noise(S: Tensor, floor: float) -> float:
+    """Singular values S (n) up to here are rounding: of storing the weight, which is `floor`, or of float32 arithmetic."""
+    return floor + 4 * torch.finfo(torch.float32).eps * float(S[0])
+
+
+def _entropy_error(S: Tensor, error: float) -> float:
+    """Relative error of `effective_rank` where the squares of S (n) are each exact to `error`, independently of each other.
+
+    To first order: d log(rank) / d s_i = -(log p_i + H) / sum(S), and an error of the square is error / (2 s_i) of the value.
+    """
+    p = S / S.sum()
+    return float((error / (2 * S) * (p.log() - (p * p.log()).sum())).norm() / S.sum())
 
 
 def compare(base: Svd, tuned: Svd, window: int | None = None) -> dict[str, Any]:
@@ -118,7 +145,7 @@ def compare(base: Svd, tuned: Svd, window: int | None = None) -> dict[str, Any]:
     k = len(tuned.S)
     row: dict[str, Any] = {"sigma_before": base.S[:k].tolist(), "sigma_after": tuned.S.tolist()}
     for side, old, new in (("left", base.U, tuned.U), ("right", base.V, tuned.V)):
-        cosines = (old.T @ new.to(old.dtype)).abs()
+        cosines = thin(old.T, new.to(old.dtype)).abs()
         largest, index = cosines.max(0)
         row[f"cos_{side}"], row[f"index_{side}"] = largest.clamp_max(1).tolist(), index.tolist()
         energy = cosines.double() ** 2
@@ -142,20 +169,19 @@ def update(base: Svd, change: Svd, norm: float, floor: float) -> dict[str, Any]:
     change: its leading vectors and all singular values. norm: its Frobenius norm. floor: singular values that are rounding.
 
     `norm_ratio`, `spectral_ratio`: against those norms of W0. `effective_rank`: exp of the entropy of S / sum S (Roy and Vetterli
-    2007), `stable_rank`: sum of S^2 over the largest, `numerical_rank`: how many exceed the rounding. `grassmann_left`,
-    `grassmann_right`: ||U_D^T U_W||_F^2 / i with the leading i = min(10, rank) of both (Hu et al. 2021, equation 4);
-    `amplification`: ||D||_F / ||U_D^T W0 V_D||_F (their section 7.3).
+    2007), exact to the share `rank_error` of it; `stable_rank`: sum of S^2 over the largest, `numerical_rank`: how many exceed the
+    rounding. `grassmann_left`, `grassmann_right`: ||U_D^T U_W||_F^2 / i with the leading i = min(10, rank) of both (Hu et al.
+    2021, equation 4); `amplification`: ||D||_F / ||U_D^T W0 V_D||_F (their section 7.3).
     """
     S0 = base.S.double()
     row: dict[str, Any] = {"norm_ratio": norm / float(S0.norm()), "spectral_ratio": float(change.S[0] / S0[0])}
-    noise = floor + 4 * torch.finfo(torch.float32).eps * float(change.S[0])
-    S = change.S[noise < change.S]
+    S = change.S[_noise(change.S, floor) < change.S]
     row["numerical_rank"] = len(S)
     if not len(S):
         return row
-    row |= {"effective_rank": effective_rank(S), "stable_rank": stable_rank(S)}
+    row |= {"effective_rank": effective_rank(S), "stable_rank": stable_rank(S), "rank_error": change.error}
     i = min(len(S), K, change.U.shape[1])
-    u, v = base.U.T @ change.U[:, :i].to(base.U.dtype), base.V.T @ change.V[:, :i].to(base.V.dtype)
+    u, v = (thin(old.T, new[:, :i].to(old.dtype)) for old, new in ((base.U, change.U), (base.V, change.V)))
     row |= {"grassmann_left": float(u[:i].norm() ** 2 / i), "grassmann_right": float(v[:i].norm() ** 2 / i)}
     inner = float((u.T.double() @ (S0[:, None] * v.double())).norm())
     return row | {"amplification": norm / inner if inner else None}

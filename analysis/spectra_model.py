@@ -64,6 +64,7 @@ def pieces(
     after = align(before, after)
     for name in _distinct(chosen(before, after, architecture), before, after):
         W1 = after[name].to(device)
+        W1 = W1.cpu() if W1.device.type == "mps" else W1  # which has no float64
         W0 = before[name].to(W1.device)
         for label, role, rows in parts(name, W0, architecture):
             yield Piece(name, rows, {"name": label, "layer": _layer(name), "kind": role}, W0[rows], W1[rows])

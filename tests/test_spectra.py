@@ -10,6 +10,7 @@ import torch
 from analysis import decompose, spectra
 from analysis import low_rank as update
 from analysis.decompose import Svd, cached, full, top
+from analysis.gram import Gram
 from analysis.low_rank import guess, low_rank
 from analysis.spectra import effective_rank, floor, intruders, measure, stable_rank
 
@@ -133,13 +134,13 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("iterate", [True, False])
 @pytest.mark.parametrize("shape", [(192, 192), (400, 150), (150, 400)])
 @pytest.mark.parametrize("size", [0.05, 0.5, 1.5])
 @pytest.mark.parametrize("kind", CHANGES)
 @pytest.mark.parametrize("flat", [False, True])
-def test_the_fast_path_is_the_full_one(tmp_path, monkeypatch, shape, size, kind, flat, large):
-    monkeypatch.setattr(decompose, "GRAM", 0 if large else 1500)
+def test_the_fast_path_is_the_full_one(tmp_path, monkeypatch, shape, size, kind, flat, iterate):
+    monkeypatch.setattr(decompose, "ROUNDS", 12 if iterate else 0)
     g = torch.Generator().manual_seed(5)
     W0 = torch.randn(shape, generator=g) / math.sqrt(shape[1]) if flat else power_law(*shape)
     change = CHANGES[kind](g, *shape)
@@ -156,26 +157,30 @@ def test_the_fast_path_is_the_full_one(tmp_path, monkeypatch, shape, size, kind,
         assert fast[name] == pytest.approx(slow[name], rel=1e-3), name
     assert fast["grassmann_left"] == pytest.approx(slow["grassmann_left"], abs=1e-4)
     assert fast["numerical_rank"] == slow["numerical_rank"]
-    assert fast["error"] <= decompose.TOLERANCE
+    assert fast["error"] <= decompose.TOLERANCE and fast["rank_error"] <= spectra.RANK_ERROR
+    assert fast["effective_rank"] == pytest.approx(slow["effective_rank"], rel=fast["rank_error"] + 1e-5)
+    if kind == "dense":
+        assert fast["solver"] == ("krylov" if iterate else "gram")
     if kind.startswith("rank"):
         assert fast["numerical_rank"] == int(kind.split()[1])
 
 
-def test_a_value_hidden_from_the_start_is_not_missed(monkeypatch):
+def test_a_value_hidden_from_the_start_is_not_missed():
     """The change is dense, the start knows nothing of its largest direction, and that is just above the k-th value."""
-    monkeypatch.setattr(decompose, "GRAM", 0)
     W0 = torch.diag(torch.linspace(2, 0.1, 200))
     W1 = W0.clone()
     W1[150, 150] = 5.0
     blind = torch.eye(200, 14)
     found = top(W1, 10, blind)
     np.testing.assert_allclose(found.S, torch.linalg.svdvals(W1)[:10], rtol=1e-6)
-    assert not decompose._complete(W1, decompose.first(full(W0), 10)), "the proof must be able to fail"
+    old, new = (decompose.first(full(W), 10) for W in (W0, W1))
+    assert Gram(W1).complete(new.S, new.V)
+    assert not Gram(W1).complete(old.S, old.V), "the proof must be able to fail"
 
 
-@pytest.mark.parametrize("gram", [0, 1500])
-def test_degenerate_and_rank_deficient_matrices(monkeypatch, gram):
-    monkeypatch.setattr(decompose, "GRAM", gram)
+@pytest.mark.parametrize("rounds", [0, 12])
+def test_degenerate_and_rank_deficient_matrices(monkeypatch, rounds):
+    monkeypatch.setattr(decompose, "ROUNDS", rounds)
     twice = torch.diag(torch.cat([torch.full((12,), 2.0), torch.linspace(1, 0.1, 188)]))
     found = top(twice, 10)
     np.testing.assert_allclose(found.S, 2, rtol=1e-6)
@@ -236,7 +241,63 @@ def test_the_range_finder_refuses_a_dense_matrix():
     thin = D[:, :5] @ D[:5]
     found = low_rank(thin, 1e-6)
     np.testing.assert_allclose((found.U * found.S) @ found.V.T, thin.double(), atol=1e-6)
-    assert guess(full(D), None, 5)[0].shape == (100, 13)
+    assert guess(full(D), None, 5)[0].shape == (100, 5 + decompose.EXTRA)
+
+
+@pytest.mark.parametrize(("count", "dense"), [(16, False), (17, True), (90, True)])
+def test_a_part_of_a_matrix_proves_that_it_needs_more_values(count, dense):
+    D = power_law(300, 240)[:, :count] @ power_law(240, 240)[:count]
+    assert update._exceeds(D, 16, 1e-6 * float(D.norm())) == dense
+    assert not update._exceeds(D, 96, 1e-6 * float(D.norm()))
+
+
+@pytest.mark.parametrize("shape", [(200, 200), (160, 700), (900, 150)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("power", [0, 0.5, 2.0])
+def test_eigenvalues_of_a_gram_matrix_are_as_exact_as_they_say(shape, dtype, power):
+    W = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(2)) if power == 0 else power_law(*shape, power=power)
+    ).to(dtype)
+    W = W if shape[0] >= shape[1] else W.T
+    gram, exact = Gram(W), full(W)
+    squares, V = gram.eigen(10)
+    assert float((squares - exact.S**2).abs().max()) < gram.error(squares)
+    np.testing.assert_allclose(V.T @ V, np.eye(10), atol=300 * torch.finfo(dtype).eps)
+    np.testing.assert_allclose(gram @ V, V * squares[:10], atol=4 * gram.error(squares))
+    if power:
+        np.testing.assert_allclose((V.double() * exact.V[:, :10]).sum(0).abs(), 1, atol=1e-4)
+
+
+def _planned(m, n, S, seed=3):
+    """An (m, n) change with the singular values S."""
+    g = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(d, len(S), generator=g, dtype=torch.float64))[0] for d in (m, n))
+    return ((U * S) @ V.T).float()
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "smallest", "single"),
+    [(480, 160, 0.2, True), (480, 160, 1e-4, False), (160, 480, 0.2, True), (160, 160, 0.2, False)],
+)
+def test_the_spectrum_of_a_dense_change_is_taken_in_single_precision_where_that_is_enough(m, n, smallest, single):
+    D = _planned(m, n, torch.logspace(0, math.log10(smallest), 160, dtype=torch.float64))
+    found, exact = spectra._spectrum(D, None, 10, 1e-7), full(D)
+    assert (found.error > 1e-8) == single and found.error < spectra.RANK_ERROR
+    assert effective_rank(found.S) == pytest.approx(effective_rank(exact.S), rel=found.error + 1e-6)
+    for ours, theirs in ((found.U, exact.U), (found.V, exact.V)):
+        np.testing.assert_allclose((ours.double() * theirs[:, :10]).sum(0).abs(), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("tail", [0.0, 1.2e-7, 3e-7, 4.77e-7, 1e-6])
+def test_the_numerical_rank_of_a_dense_change_is_that_of_the_full_decomposition(tail):
+    """150 values of a spectrum, the rest far below the rounding, near it, at it (decided by a full one) and above."""
+    S = torch.cat([torch.logspace(0, -4, 150, dtype=torch.float64), torch.full((50,), tail, dtype=torch.float64)])
+    D = _planned(300, 200, S)
+    found, exact = spectra._spectrum(D, None, 10, 0.0), full(D)
+    count = [int((x > spectra._noise(x, 0.0)).sum()) for x in (found.S, exact.S)]
+    assert count[0] == count[1]
+    if tail in (0.0, 1e-6):
+        assert count[0] == (200 if tail else 150) and found.solver == "full"
 
 
 def test_equal_values_under_a_low_rank_change_are_all_found():
@@ -252,3 +313,30 @@ def test_equal_values_under_a_low_rank_change_are_all_found():
     values = np.linalg.svd(np.diag(S) + A @ B.T)[1] ** 2
     for limit in np.quantile(values, [0.01, 0.3, 0.6, 0.9, 0.97]) + 1e-4:
         assert update._larger(S, A, B, limit) == (values > limit).sum()
+
+
+@pytest.mark.parametrize("shape", [(200, 200), (500, 160)])
+def test_the_routines_of_a_gpu_say_the_same(shape):
+    """Their branch, on a CPU: no symmetric routines, all in float64."""
+    W, exact = power_law(*shape), full(power_law(*shape))
+    gram, other = Gram(W.double()), object.__new__(Gram)
+    other.cpu, other.dtype, other.values = False, torch.float64, W.double().T @ W.double()
+    np.testing.assert_allclose(other @ exact.V, gram @ exact.V, atol=1e-12)
+    for ours, theirs in zip(other.eigen(10), gram.eigen(10), strict=True):
+        np.testing.assert_allclose(ours.abs(), theirs.abs(), atol=1e-10)
+    for kept in (slice(0, 10), slice(1, 11)):
+        complete = [g.complete(exact.S[kept], exact.V[:, kept]) for g in (gram, other)]
+        assert complete == [kept.start == 0] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(256, 256), (700, 192), (192, 700)])
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_gpu_measures_what_a_cpu_does(shape, kind, tmp_path):
+    W0 = power_law(*shape)
+    change = CHANGES[kind](torch.Generator().manual_seed(5), *shape)
+    W1 = W0 + change * (0.5 / torch.linalg.matrix_norm(change, 2))
+    ours, theirs = (measure(W0.to(d), W1.to(d), folder=tmp_path) for d in ("cuda", "cpu"))
+    for name in ("cos_left", "cos_right", "window_left", "sigma_after", "effective_rank", "grassmann_left", "overlap"):
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
+    assert ours["numerical_rank"] == theirs["numerical_rank"]
