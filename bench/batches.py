@@ -39,10 +39,10 @@ class TrainBatches:
     def __getitem__(self, step: int) -> Batch:
         return self.encoded.batch(self.indices(step))
 
-    def elements(self, step: int) -> int:
+    def elements(self, step: int, *, packed: bool = False) -> int:
         """`elements` of step `step`'s batch, which is not made."""
-        rows = self.indices(step)
-        return len(rows) * max(1, max(self.encoded.length(i) for i in rows))
+        lengths = [self.encoded.length(i) for i in self.indices(step)]
+        return sum(lengths) if packed else len(lengths) * max(1, *lengths)
 
     def micro(self, step: int, accumulate: int) -> list[Batch]:
         """Step `step` in `accumulate` parts of nearly equal numbers of rows; of several devices, this one's rows."""
@@ -69,8 +69,10 @@ class TrainBatches:
         return [batches[i] for i in order]
 
 
-def elements(batch: Batch) -> int:
-    """Tokens of a batch, its padding included; images count as one."""
+def elements(batch: Batch, *, packed: bool = False) -> int:
+    """Tokens of a batch, its padding included unless it is packed; images count as one."""
+    if packed:
+        return int(batch["attention_mask"].sum())
     return batch["input_ids"].numel() if "input_ids" in batch else len(batch["labels"])
 
 

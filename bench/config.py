@@ -52,6 +52,7 @@ class TrainConfig:
     patience: int | None = None  # evaluations without a better val score before stopping; null: never
     buckets: int = 50  # batches that are sorted by length together; 1: none
     checkpoint_seconds: float | None = 120.0  # a killed run continues from here; null: no checkpoints
+    padding: str = "auto"  # packed, padded; auto: packed where the model can and it pays: bench/padding.py
     deterministic: bool = True
     features: str = "off"  # auto: what frozen blocks make of a row is computed once and kept: bench/features.py
 
@@ -60,6 +61,7 @@ class TrainConfig:
         choose("train.precision", self.precision, PRECISIONS)
         choose("train.select", self.select, ("best", "last"))
         choose("train.features", self.features, ("off", "auto"))
+        choose("train.padding", self.padding, ("auto", "packed", "padded"))
         if self.steps is None and self.epochs is None:
             raise ValueError("train.steps and train.epochs are both null: give one of them")
         for name in ("batch_size", "accumulate", "eval_batch_size", "buckets"):

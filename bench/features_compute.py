@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 
 from bench.lookup import NAME, Lookup
 from bench.train import Stop, autocast, to_device
-from bench.untouched import untouched
-from methods.base import trains
+from bench.untouched import perturbed, untouched
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from bench.prepare import Prepared
 
 CHUNK = 512  # rows that are in memory at once
-NOISE = 0.02  # on what is trained while plans are tried: an output of zeros would not show what it reads
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # relative; of a half precision 2e-2
 
 
@@ -71,7 +68,7 @@ class Computing:
         """The least that suffices on the longest row, alone and beside the shortest; None where nothing does."""
         encoded = self.ready.encoded["train"]
         order = sorted(range(len(encoded)), key=encoded.length)
-        with untouched(self.ready.model), torch.no_grad(), _noise(self.ready.model):
+        with untouched(self.ready.model), torch.no_grad(), perturbed(self.ready.model):
             for plan in self._plans(encoded, order[-1]):
                 if all(self._suffices(plan, encoded, rows) for rows in ([order[-1]], [order[0], order[-1]])):
                     return plan
@@ -146,15 +143,3 @@ class Computing:
             return self.ready.model(**batch)
 
 
-@contextmanager
-def _noise(model: nn.Module) -> Iterator[None]:
-    """Other values for what is trained inside the block."""
-    trained = [p for p in model.parameters() if trains(p)]
-    before = [p.detach().clone() for p in trained]
-    try:
-        for p in trained:
-            p.add_(torch.randn_like(p), alpha=NOISE)
-        yield
-    finally:
-        for p, value in zip(trained, before, strict=True):
-            p.copy_(value)

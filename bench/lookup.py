@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bench.layout import as_given, as_rows
 from bench.prefix import Prefix
 from methods.base import Batch
 
@@ -57,10 +58,10 @@ class Lookup:
         if self.given is None:
             result = inner(hidden, *args, **kwargs)
             if last and self.stops:
-                raise _Reached(result[0] if isinstance(result, tuple) else result)
+                raise _Reached(as_rows(result[0] if isinstance(result, tuple) else result))
             return result
         self.read |= last
-        value, rest = self.given if last else hidden, self.prefix.rest[k]
+        value, rest = as_given(hidden, self.given) if last else hidden, self.prefix.rest[k]
         return value if rest is None else (value, *rest)
 
 

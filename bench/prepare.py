@@ -16,7 +16,9 @@ from bench import distributed
 from bench.batches import TrainBatches, eval_batches
 from bench.config import Config
 from bench.encoded import Encoded, encode_splits
+from bench.layout import recomputing
 from bench.model import build
+from bench.padding import choose_padding
 from bench.prefix import Prefix, keep_evaluating
 from bench.sharding import in_step, shard, shards
 from bench.train import Stop, autocast, to_device
@@ -41,6 +43,7 @@ class Prepared:
     source: dict[str, Any]
     device: torch.device
     prefix: Prefix | None = None  # what is frozen below all that is trained; it stays in evaluation mode
+    packed: bool = False  # whether the model computes no padding
 
     def train_batches(self, config: Config) -> TrainBatches:
         """The training batches of this seed."""
@@ -84,7 +87,7 @@ def prepare(config: Config, rows: Rows, device: torch.device) -> Prepared:
     encoded = encode_splits(rows, config.task, built.processor)
     head = {id(p) for p in model.parameters() if p.requires_grad}
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputing})  # type: ignore[operator]
         model.enable_input_require_grads()  # type: ignore[operator]
     ready = Prepared(model, config.method, config.task, built.processor, encoded, head, built.source, device)
     seed_everything(config.seed)
@@ -101,6 +104,7 @@ def prepare(config: Config, rows: Rows, device: torch.device) -> Prepared:
         ready.source["evaluation_mode"] = list(ready.prefix.below) if ready.prefix else []
     if shards(config):
         shard(ready.model, device, ready.few())
+    choose_padding(ready, config)
     return ready
 
 

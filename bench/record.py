@@ -122,6 +122,8 @@ def identity(config: dict[str, Any], data: dict[str, Any]) -> str:
     kept["train"] = {k: v for k, v in config["train"].items() if k != "checkpoint_seconds"}
     if kept["train"].get("features") == "off":  # as before features could be kept
         del kept["train"]["features"]
+    if kept["train"].get("padding") == "auto":  # as before batches could be packed
+        del kept["train"]["padding"]
     kept["task"] = {k: v for k, v in config["task"].items() if k not in TASK_FACTS}
     kept["data"] = {k: data.get(k) for k in ("standin", "fingerprints")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]

@@ -235,12 +235,12 @@ def _probe(ready: Prepared, loop: Loop, config: Config) -> dict[str, int]:
     size = -(-config.train.batch_size // config.train.accumulate // devices)
     batch = to_device(longest(ready.encoded["train"], size), loop.device)
     cost = measure.probe(ready.model, batch, loop.loss, backward=ready.method.backward)
-    return cost | {"size": elements(batch), "devices": devices}
+    return cost | {"size": elements(batch, packed=ready.packed), "devices": devices, "packed": ready.packed}
 
 
 def _flops(cost: dict[str, int], loop: Loop, batches: TrainBatches, config: Config) -> dict[str, int | None]:
     """FLOPs of a training step and of a forward on the longest rows; of the whole training in proportion to its tokens."""
-    seen = sum(batches.elements(step) for step in range(loop.progress.step))
+    seen = sum(batches.elements(step, packed=bool(cost["packed"])) for step in range(loop.progress.step))
     total = round(cost["train_step"] * seen / cost["size"])
     return {
         "train_step": cost["train_step"] * config.train.accumulate * cost["devices"] if loop.steps else 0,

@@ -190,8 +190,12 @@ def autocast(precision: str, device: torch.device) -> Any:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`."""
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    """The batch on `device`; there its mask keeps the host's, so that nobody waits for the device to know the rows."""
+    moved = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    mask = batch.get("attention_mask")
+    if mask is not None and moved["attention_mask"] is not mask:
+        moved["attention_mask"].host = mask  # type: ignore[attr-defined]
+    return moved
 
 
 class Stop:

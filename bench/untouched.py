@@ -1,4 +1,4 @@
-"""A block of code that leaves no trace in a model."""
+"""Blocks of code that leave no trace in a model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from methods.base import trains
+
+NOISE = 0.02
 
 
 @contextmanager
@@ -40,6 +44,21 @@ def untouched(model: nn.Module) -> Iterator[None]:
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
         torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def perturbed(model: nn.Module) -> Iterator[None]:
+    """Other values for what is trained inside the block: an output of zeros would not show what it reads."""
+    trained = [p for p in model.parameters() if trains(p)]
+    before = [p.detach().clone() for p in trained]
+    with torch.no_grad():
+        try:
+            for p in trained:
+                p.add_(torch.randn_like(p), alpha=NOISE)
+            yield
+        finally:
+            for p, value in zip(trained, before, strict=True):
+                p.copy_(value)
 
 
 def _plain_tensors(model: nn.Module) -> list[Tensor]:

@@ -320,7 +320,7 @@ def test_changed_frozen_weights_are_an_error(tmp_path):
 
 def test_a_model_that_no_longer_calls_its_prefix_is_an_error(tmp_path):
     ready, _ = ready_with_features(tmp_path, model="llama")
-    ready.model.model.norm = nn.Identity()
+    ready.model.model.norm.forward = nn.Identity().forward
     with pytest.raises(RuntimeError, match=r"model\.norm was not called"):
         ready.model(**ready.encoded["train"].batch([0, 1]))
 
