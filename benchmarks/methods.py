@@ -1,10 +1,12 @@
-"""Seconds of a training step of each method, as a ratio to `peft`'s implementation of it or else to full fine-tuning.
+"""A training step of each method: seconds against `peft` or full fine-tuning, FLOPs and kept bytes against the floor.
 
 python -m benchmarks.methods [--methods lora,dora] [--rounds 5] [--steps 10] [--device cpu]
 
 An encoder of 6 layers x 384 with random weights (BERT), 16 rows of 64 tokens, AdamW. Both sides take turns step by step in
 one process, so that a slow moment hits both; a round is --steps steps of each, and the table shows the median of the rounds'
-ratios with the lowest and highest. The floor of any method is the forward of the frozen model, shown in its own column.
+ratios with the lowest and highest. "x forward": seconds over those of the frozen model's forward. FLOPs of a step and MiB
+that autograd keeps for its backward are counted; "x floor" is over what no adapter can avoid (`benchmarks.floor`), "x other"
+over the other side's. `--rounds 0` shows what is counted alone.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from torch import nn
 
 from bench.model import freeze
 from bench.random_models import HEADS
+from benchmarks.floor import counted, floor
 from methods import METHODS, Unsupported
 
 QV = ["query", "value"]
@@ -80,12 +84,21 @@ def stepper(model: nn.Module, rows: dict[str, torch.Tensor], method: Any = None)
     return step
 
 
-def ours(name: str, fields: dict[str, Any], rows: dict[str, torch.Tensor], device: str) -> Callable[[], None]:
+@dataclass
+class Side:
+    """One implementation: a function that does a step, and what a step costs as counted."""
+
+    step: Callable[[], None]
+    cost: dict[str, int]
+
+
+def ours(name: str, fields: dict[str, Any], rows: dict[str, torch.Tensor], device: str) -> Side:
     method = METHODS[name](**fields)
-    return stepper(method.apply(encoder(), itertools.repeat(rows)).to(device), rows, method)
+    model = method.apply(encoder(), itertools.repeat(rows)).to(device)
+    return Side(stepper(model, rows, method), counted(model, rows, method))
 
 
-def theirs(kind: str, config: dict[str, Any], rows: dict[str, torch.Tensor], device: str) -> Callable[[], None]:
+def theirs(kind: str, config: dict[str, Any], rows: dict[str, torch.Tensor], device: str) -> Side:
     import peft
 
     mapping, model = peft.mapping, encoder()
@@ -93,7 +106,8 @@ def theirs(kind: str, config: dict[str, Any], rows: dict[str, torch.Tensor], dev
     model = peft.get_peft_model(model, mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[kind]](**config))
     for p in head:
         p.requires_grad_()
-    return stepper(model.to(device).train(), rows)
+    model = model.to(device).train()
+    return Side(stepper(model, rows), counted(model, rows))
 
 
 def forward(rows: dict[str, torch.Tensor], device: str) -> Callable[[], None]:
@@ -122,6 +136,24 @@ def ratios(sides: list[Callable[[], None]], rounds: int, steps: int, device: str
         yield [statistics.median(s) for s in seconds]
 
 
+def seconds(sides: list[Callable[[], None]], rounds: int, steps: int, device: str) -> str:
+    """The columns of the table that are measured; dashes for no rounds."""
+    if not rounds:
+        return f"{'-':>8} {'-':>6} {'-':>6} {'-':>7} {'-':>9}"
+    found = list(ratios(sides, rounds, steps, device))
+    to_other, to_forward = [a / b for a, b, _ in found], [a / c for a, _, c in found]
+    own = statistics.median(a for a, _, _ in found) * 1000
+    values = (own, statistics.median(to_other), min(to_other), max(to_other), statistics.median(to_forward))
+    return "{:8.1f} {:6.2f} {:6.2f} {:7.2f} {:9.2f}".format(*values)
+
+
+def counts(one: dict[str, int], other: dict[str, int], low: dict[str, int]) -> str:
+    """The columns that are counted: FLOPs over the floor; MiB kept for the backward, over the floor and the other side."""
+    kept = one["activations"]
+    values = (one["train_step"] / low["train_step"], kept / 2**20, kept / low["activations"])
+    return "{:7.3f} {:9.1f} {:7.2f}".format(*values) + f" {kept / other['activations']:7.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", help="names, comma-separated; all by default")
@@ -131,25 +163,27 @@ def main() -> None:
     args = parser.parse_args()
     names = args.methods.split(",") if args.methods else sorted(set(METHODS) - {"hf", "compose", "zero_shot"})
     rows = batch(args.device)
+    low = floor(encoder().to(args.device), rows)
+    threads = f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {args.device}, {threads}, {args.rounds} x {args.steps} steps")
+    print(f"floor: {low['train_step'] / 1e9:.2f} GFLOPs, {low['activations'] / 2**20:.1f} MiB kept")
+    print(f"{'':31} {'seconds':->38}   {'FLOPs':->7} {'kept for the backward':->25}")
     print(
-        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {args.rounds} x {args.steps} steps"
+        f"{'method':18} {'against':12} {'ms':>8} {'ratio':>6} {'lowest':>6} {'highest':>7} {'x forward':>9} "
+        f"{'x floor':>8} {'MiB':>9} {'x floor':>7} {'x other':>7}"
     )
-    print(f"{'method':18} {'against':12} {'ms':>8} {'ratio':>7} {'lowest':>7} {'highest':>8} {'x forward':>10}")
     for name in names:
         fields, kind, config = PEFT.get(name, ({}, "", {}))
         try:
             other = theirs(kind, config, rows, args.device) if kind else ours("full_ft", {}, rows, args.device)
-            sides = [ours(name, fields, rows, args.device), other, forward(rows, args.device)]
+            own = ours(name, fields, rows, args.device)
         except Unsupported as reason:
             print(f"{name:18} does not act on this encoder: {reason}")
             continue
-        found = list(ratios(sides, args.rounds, args.steps, args.device))
-        to_other, to_floor = [a / b for a, b, _ in found], [a / c for a, _, c in found]
-        own = statistics.median(a for a, _, _ in found) * 1000
-        values = (statistics.median(to_other), min(to_other), max(to_other))
+        sides = [own.step, other.step, forward(rows, args.device)]
+        measured = seconds(sides, args.rounds, args.steps, args.device)
         against = f"peft {kind}" if kind else "full_ft"
-        shown = "{:7.2f} {:7.2f} {:8.2f}".format(*values)
-        print(f"{name:18} {against:12.12} {own:8.1f} {shown} {statistics.median(to_floor):10.2f}", flush=True)
+        print(f"{name:18} {against:12.12} {measured}  {counts(own.cost, other.cost, low)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """What the machinery costs per run, and whether a long sweep grows: python -m benchmarks.sweep [--cells 1000].
 
-Overhead: claim, record and W&B (offline) of one run, apart from the run itself. Growth: the
-resident memory of one process that runs many cells of the cheapest method (the head alone, one step) on a tiny model.
+Overhead: claim, record and W&B (offline) of one run, apart from the run itself; the goal is under 150 ms, and under 1 % of a
+run of 60 s. Growth: the resident memory of one process that runs many cells of the cheapest method (the head alone, one
+step) on a tiny model. On two busy cores: 62 ms in the median (W&B 59, record 2.5, claim 0.3), 0.3 ms to skip a run that is
+done; 593.9 MiB after 100 cells, 592.0 after 500, 592.1 after 1,000.
 """
 
 from __future__ import annotations
