@@ -164,14 +164,47 @@ def changes(table: pd.DataFrame, value: str = "score") -> pd.DataFrame:
 
     table: one of `sweep`, or several joined with a column `run`. Raises ValueError where lambda = 1 was not measured.
     """
+    groups = _against_own(table, value).groupby(["vector", "lambda"])["change"]
+    return groups.agg(mean="mean", low="min", high="max", n="size").reset_index()
+
+
+def _against_own(table: pd.DataFrame, value: str) -> pd.DataFrame:
     table = (table if "run" in table else table.assign(run="")).dropna(subset=value)
     own = table.loc[table["lambda"] == 1, ["run", "vector", value]].rename(columns={value: "own"})
     if len(table) and own.empty:
         raise ValueError("lambda = 1, the model itself, is not among the measured ones: add 1 to --lambdas")
     found = table.merge(own, on=["run", "vector"])
-    found["change"] = found[value] - found["own"]
-    groups = found.groupby(["vector", "lambda"])["change"]
-    return groups.agg(mean="mean", low="min", high="max", n="size").reset_index()
+    return found.assign(change=found[value] - found["own"])
+
+
+def effects(table: pd.DataFrame, value: str = "score") -> pd.DataFrame:
+    """Mean change of `value` against lambda = 1 over runs, a row per lambda: `intruder`, `neighbour`, and their `difference`.
+
+    `x ±` is half of the 95 % t interval (NaN with one run); that of the difference is over the runs' own differences. table:
+    several of `sweep`, joined with a column `run`.
+    """
+    import numpy as np
+    from scipy.special import stdtrit
+
+    wide = _against_own(table, value).pivot(index=["lambda", "run"], columns="vector", values="change")
+    groups = wide.assign(difference=wide["intruder"] - wide["neighbour"]).groupby("lambda")
+    n = groups.count()
+    half = stdtrit(n - 1, 0.975) * groups.std() / np.sqrt(n)
+    return groups.mean().join(half.add_suffix(" ±")).reset_index()
+
+
+def effects_text(table: pd.DataFrame) -> str:
+    """`effects` on the score and on forgetting as a Markdown table."""
+    names = ("intruder", "neighbour", "difference")
+    values = [v for v in ("score", "forgetting") if table[v].notna().any()]
+    lines = [f"change against lambda = 1, mean of {table['run'].nunique()} runs ± half of the 95 % t interval"]
+    lines.append(f"| lambda | {' | '.join(f'{v}: {n}' for v in values for n in names)} |")
+    lines.append("| --- " * (1 + len(values) * len(names)) + "|")
+    found = [effects(table, v).set_index("lambda") for v in values]
+    for factor in found[0].index:
+        cells = [f"{t.loc[factor, n]:+.3f} ± {t.loc[factor, f'{n} ±']:.3f}" for t in found for n in names]
+        lines.append(f"| {factor:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def text(table: pd.DataFrame) -> str:

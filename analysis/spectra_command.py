@@ -113,13 +113,17 @@ def _forgetting(args: argparse.Namespace) -> str:
 def _causal(args: argparse.Namespace) -> str:
     import pandas as pd
 
-    from analysis.causal import of_records
+    from analysis.causal import effects_text, of_records
     from analysis.causal_plots import lambdas
 
     factors = _numbers("--lambdas", args.lambdas)
     said = of_records(args.runs, factors, args.root, args.device, which=args.which, split=args.split, k=args.k)
     found = sorted(args.runs.glob("causal.parquet")) or sorted(args.runs.glob("*/causal.parquet"))
-    return said + (_draw(lambdas, pd.concat([pd.read_parquet(p) for p in found]), args.output) if found else "")
+    if not found:
+        return said
+    table = pd.concat([pd.read_parquet(p) for p in found])
+    together = f"\n\n{effects_text(table)}" if len(found) > 1 and 1 in factors else ""
+    return said + together + _draw(lambdas, table, args.output)
 
 
 def _dynamics(args: argparse.Namespace) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from analysis.__main__ import main
-from analysis.causal import Cut, changes, chosen, cuts, scaled, sweep
+from analysis.causal import Cut, changes, chosen, cuts, effects, effects_text, scaled, sweep
 from analysis.causal_plots import against, dynamics, lambdas, life, stages
 from analysis.continual import average_forgetting, chain, save_merged
 from analysis.dynamics import births, track
@@ -118,6 +118,23 @@ def test_changes_are_against_the_model_itself():
     assert len(lambdas(table).lines) == 3
     with pytest.raises(ValueError, match="add 1 to --lambdas"):
         changes(table[table["lambda"] == 0])
+
+
+def test_effects_over_runs_have_an_interval_and_a_paired_control():
+    rows = [
+        (run, vector, factor, score)
+        for run, spike, near in (("a", 0.5, 0.6), ("b", 0.4, 0.5), ("c", 0.6, 0.7))
+        for vector, cut in (("intruder", spike), ("neighbour", near))
+        for factor, score in ((0, cut), (1, 0.8))
+    ]
+    table = pd.DataFrame(rows, columns=["run", "vector", "lambda", "score"]).assign(forgetting=float("nan"))
+    found = effects(table).set_index("lambda")
+    assert found.loc[0, ["intruder", "neighbour", "difference"]].tolist() == pytest.approx([-0.3, -0.2, -0.1])
+    assert found.loc[0, "intruder ±"] == pytest.approx(4.302653 * 0.1 / 3**0.5)  # t of 2 degrees, sd 0.1
+    assert found.loc[0, "difference ±"] == pytest.approx(0, abs=1e-9) and found.loc[1, "intruder"] == 0
+    said = effects_text(table)
+    assert "| 0 | -0.300 ± 0.248 | -0.200 ± 0.248 | -0.100 ± 0.000 |" in said and "forgetting" not in said
+    assert "3 runs" in said and "| 1 | +0.000" in said
 
 
 def test_spectra_during_training_change_no_number(tmp_path, capsys):
