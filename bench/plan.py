@@ -8,11 +8,15 @@ GPU's peak (`--gpu`, `--share`), which is an assumption.
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from bench.config import CONF, Config, to_config
@@ -52,7 +56,7 @@ def main() -> int:
     args = parser.parse_args()
     lines = list(plan(args.overrides))
     rates = {p: gpu_rate(args.gpu, p, args.share) if args.gpu else calibrate() for p in {x.precision for x in lines}}
-    print(table(lines, rates, GPUS[args.gpu][2] if args.gpu else None, 0.0 if args.gpu else around()))
+    print(table(lines, rates, GPUS[args.gpu][2] if args.gpu else None, None if args.gpu else around()))
     print(explain(args.gpu, args.share, rates))
     return 0
 
@@ -155,46 +159,41 @@ def calibrate(seconds: float = 2.0) -> float:
 
 
 @cache
-def around() -> float:
-    """Seconds of a run on this machine but for its steps: start, rows, a tiny model, record. The second of two, so no imports."""
-    import contextlib
-    import io
-    import tempfile
+def around() -> tuple[float, float]:
+    """Seconds that a command takes on this machine before its first run, and each of its runs but for the steps.
 
-    from bench.config import compose
-    from bench.run import run
-
-    tiny = [
-        "method=lora",
-        "model=random_bert",
-        "task=rte",
-        "data=standin",
-        "wandb=off",
-        "isolate=false",
-        "train.steps=0",
-    ]
+    Those of a real command with three tiny runs. Raises RuntimeError where it fails.
+    """
+    tiny = ["method=lora", "model=random_bert", "task=rte", "data=standin", "wandb=off", "train.steps=0"]
     limits = [f"task.limit.{split}=8" for split in ("train", "val", "test")]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.redirect_stderr(io.StringIO()),
-    ):  # its progress is of no use
-        for seed in (0, 1):
-            start = time.perf_counter()
-            record = run(compose([*tiny, *limits, f"results={folder}", f"seed={seed}"]))
-            if record.status != "ok":
-                raise RuntimeError(f"the run that is timed has failed: {record.reason}")
-        return time.perf_counter() - start
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "bench", "-m", *tiny, *limits, "seed=0,1,2", f"results={folder}"]
+        begun = time.time()
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+        ends = sorted(record.stat().st_mtime for record in Path(folder).glob("*/record.json"))
+    if done.returncode:
+        raise RuntimeError(f"the command that is timed has failed: {done.stdout}{done.stderr}")
+    each = (ends[-1] - ends[0]) / (len(ends) - 1)
+    return ends[0] - begun - each, each
 
 
-def table(lines: list[Line], rates: dict[str, float], limit: float | None = None, each: float = 0.0) -> str:
+def table(
+    lines: list[Line],
+    rates: dict[str, float],
+    limit: float | None = None,
+    beside: tuple[float, float] | None = None,
+) -> str:
     """One aligned line per method, model and task, and their sum.
 
-    limit: GiB of the device, to mark what exceeds it. each: seconds of a run but for its steps.
+    limit: GiB of the device, to mark what exceeds it. beside: what `around` returns; nothing by default.
     """
     from bench.table import aligned
 
     rows = [("method", "model", "task", "runs", "steps", "trained", "hours", "memory GiB", "disk MiB", "")]
-    hours, disk = 0.0, 0.0
+    start, each = beside or (0.0, 0.0)
+    hours, disk = start / 3600, 0.0
     for x in lines:
         h, c = (x.cost.flops * x.trainings / rates[x.precision] + each * x.runs) / 3600, x.cost
         hours, disk = hours + h, disk + c.disk * x.runs / 2**20
@@ -224,7 +223,9 @@ def explain(gpu: str | None, share: float, rates: dict[str, float]) -> str:
     said = ", ".join(f"{p} {rate:.3g}" for p, rate in sorted(rates.items()))
     where = f"{share:g} of the peak of one {gpu} (an assumption)" if gpu else "measured on this machine just now"
     beside = (
-        "starts and loading not included" if gpu else "a run's start and record timed too, imports and fetching not"
+        "starts and loading not included"
+        if gpu
+        else "the command's start (in the sum alone), a run's start and its record timed too, fetching not"
     )
     return (
         f"hours = (training + evaluation FLOPs, counted) / FLOP/s; FLOP/s: {said}, {where}; {beside}.\n"

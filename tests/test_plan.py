@@ -104,3 +104,18 @@ def test_rows_follow_the_published_sizes_and_the_protocol():
     assert row_counts(compose(["task=vtab_dtd"]).task) == {"train": 800, "val": 200, "test": 1880}
     assert row_counts(compose(["task=rte"]).task)["train"] == 2490
     assert row_counts(compose(["task=mnli", "task.limit.train=100"]).task)["train"] == 100
+
+
+def test_the_sum_holds_the_start_of_the_command_and_of_each_run():
+    (line,) = planning.plan(["method=lora", "model=random_bert", "task=rte", "seed=0,1", *TINY])
+    (alone,), (all_in,) = (
+        re.findall(r"^all +2 +([\d.e-]+)", planning.table([line], {"fp32": 1e15}, beside=beside), re.M)
+        for beside in (None, (7200.0, 3600.0))
+    )
+    assert float(all_in) - float(alone) == pytest.approx(2 + 2 * 1, abs=0.02)
+
+
+@pytest.mark.slow
+def test_what_a_command_takes_beside_its_steps_is_timed_on_a_real_one():
+    start, each = planning.around()
+    assert 0.01 < each < start
