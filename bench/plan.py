@@ -160,12 +160,12 @@ def calibrate(seconds: float = 2.0) -> float:
 
 @cache
 def around() -> tuple[float, float]:
-    """Seconds that a command takes on this machine before its first run, and each of its runs but for the steps.
+    """Seconds that a command takes on this machine before its first run, and each of its runs beside its FLOPs.
 
-    Those of a real command with three tiny runs. Raises RuntimeError where it fails.
+    Those of a real command with three runs of five steps of a tiny model. Raises RuntimeError where it fails.
     """
-    tiny = ["method=lora", "model=random_bert", "task=rte", "data=standin", "wandb=off", "train.steps=0"]
-    limits = [f"task.limit.{split}=8" for split in ("train", "val", "test")]
+    tiny = ["method=lora", "model=random_bert", "task=rte", "data=standin", "wandb=off", "train.steps=5"]
+    limits = [f"task.limit.{split}=32" for split in ("train", "val", "test")]
     root = str(Path(__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
