@@ -19,6 +19,7 @@ FENCE = (
     "data_standin",
     "memory_kind",
     "device",
+    "padding",
     "software",
     "data_split",
 )

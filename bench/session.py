@@ -85,7 +85,7 @@ class Session:
         self.folder = Path(self.config.results) / self.record.id
         self.checkpoint = self.folder / "checkpoint.safetensors"
         self.due = Every(self.config.train.checkpoint_seconds)
-        self.scored: dict[int, Scored] = {}  # the last scoring of val, by step
+        self.scored: dict[int, Scored] = {}  # the best and the last scoring of val, by step
         self.dynamics = None
         if self.config.spectra_every and not distributed.rank():
             from analysis.dynamics import Dynamics
@@ -166,8 +166,9 @@ class Session:
 
     def evaluate(self) -> tuple[float, dict[str, float]]:
         """The headline score and all metrics of val."""
-        self.scored = {self.loop.progress.step: self.score("val")}
-        metrics = self.scored[self.loop.progress.step][1]
+        step, best = self.loop.progress.step, self.loop.progress.best_step
+        self.scored = {s: scored for s, scored in self.scored.items() if s == best} | {step: self.score("val")}
+        metrics = self.scored[step][1]
         return metrics[self.ready.task.metric], metrics
 
 

@@ -68,9 +68,10 @@ class Loop:
 
     def step(self, parts: list[Batch]) -> float:
         """One optimizer step on the micro-batches `parts`; returns the loss."""
+        counts = [int((part["labels"] != -100).sum()) for part in parts]  # here, where no device must be waited for
         parts = [to_device(part, self.device) for part in parts]
         train_mode(self.model)
-        loss = float(self.optimizer.step(partial(self._closure, parts)))  # type: ignore[arg-type]
+        loss = float(self.optimizer.step(partial(self._closure, parts, counts)))  # type: ignore[arg-type]
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {self.progress.step + 1} of {self.steps}; try a lower train.lr")
         self.method.after_step(self.model, self.progress.step, self.steps)
@@ -83,9 +84,8 @@ class Loop:
         with autocast(self.cfg.precision, self.device):
             return self.model(**batch).loss.float() + self.method.penalty(self.model)
 
-    def _closure(self, parts: list[Batch]) -> Tensor:
+    def _closure(self, parts: list[Batch], counts: list[int]) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        counts = [int((part["labels"] != -100).sum()) for part in parts]
         everywhere = max(distributed.total(sum(counts)), 1)
         total = torch.zeros((), device=self.device)
         with distributed.together(), distributed.own_draws(self.progress.step), in_step(self.model):

@@ -57,7 +57,8 @@ class Method:
 
         It holds what rests too, which it cannot move while that has no gradient.
         """
-        adam = torch.optim.AdamW([p for p in model.parameters() if trains(p)], lr, weight_decay=weight_decay)
+        trained = [p for p in model.parameters() if trains(p)]
+        adam = torch.optim.AdamW(trained, lr, weight_decay=weight_decay, fused=fused(trained))
         self.follow(model, adam)
         return adam
 
@@ -134,6 +135,11 @@ def searched(
 def trains(p: nn.Parameter) -> bool:
     """Whether `p` belongs to what is trained: it has gradients now, or rests until its method wakes it again."""
     return p.requires_grad or getattr(p, "resting", False)
+
+
+def fused(parameters: Iterable[nn.Parameter]) -> bool | None:
+    """AdamW's `fused`: one kernel where torch has one for the devices of all `parameters`, else torch's choice."""
+    return all(p.device.type in ("cpu", "cuda") for p in parameters) or None
 
 
 def rest(parameters: Iterable[nn.Parameter], resting: bool = True) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from methods.base import Method, Part, Unsupported, register, searched, trains
+from methods.base import Method, Part, Unsupported, fused, register, searched, trains
 from methods.lora import LoRA
 
 
@@ -47,7 +47,8 @@ class LoRAPlus(Part):
         held = {id(p) for p in b}
         others = [p for p in model.parameters() if trains(p) and id(p) not in held]
         groups: list[dict[str, Any]] = [{"params": others}, {"params": b, "lr": lr * self.ratio}]
-        return torch.optim.AdamW(groups, lr, weight_decay=weight_decay)
+        parameters = (p for group in groups for p in group["params"])
+        return torch.optim.AdamW(groups, lr, weight_decay=weight_decay, fused=fused(parameters))
 
 
 def _named_b(model: nn.Module) -> list[nn.Parameter]:
