@@ -5,7 +5,7 @@ UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export UV_FIND_LINKS
 DEMO ?= results/demo
 
-.PHONY: demo test test-cluster check clean
+.PHONY: demo test test-cluster bench clean
 
 .venv/.done: pyproject.toml constraints.txt
 	$(PY) -m venv .venv
@@ -28,6 +28,9 @@ test: .venv/.done ## the whole test suite, on the CPU and without a network
 
 test-cluster: .venv/.done ## a real SLURM of one node, where its programs are: apt-get install slurm-wlm munge
 	$(BIN)/python -m pytest -m cluster
+
+bench: .venv/.done ## every benchmark in its quick form, its numbers against the goals
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf .venv results

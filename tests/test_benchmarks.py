@@ -1,0 +1,69 @@
+"""Benchmarks measure; what is exact about them is held here."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as guard
+from benchmarks import memory
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("goal", "value", "met"),
+    [(">= 3", 3.0, True), (">= 3", 2.9, False), ("<= 1.05", 1.0, True), ("<= 1.05", 1.06, False)],
+)
+def test_goals(goal, value, met):
+    assert guard.Goal("x", "", goal).met(value) is met
+
+
+def test_every_benchmark_is_guarded_and_has_the_options_it_is_given():
+    modules = {p.stem for p in (ROOT / "benchmarks").glob("*.py")} - {"__main__"}
+    runnable = {m for m in modules if "__main__" in (ROOT / "benchmarks" / f"{m}.py").read_text()}
+    assert set(guard.BENCHMARKS) <= runnable
+    for name, (options, goals) in guard.BENCHMARKS.items():
+        source = (ROOT / "benchmarks" / f"{name}.py").read_text()
+        for flag in re.findall(r"--([a-z]+)", options):
+            assert f'"--{flag}"' in source or f'("{flag}",' in source, f"{name} has no --{flag}"
+        assert goals, name
+
+
+def test_numbers_are_read_out_of_the_output(monkeypatch, capsys):
+    said = (
+        "lora               peft LORA        10.0   1.02   0.99    1.10      1.85    0.989     161.0    1.03    1.00\n"
+    )
+    monkeypatch.setattr(guard, "output", lambda command: said)
+    values = {line.goal.what: line.value for line in guard.lines("methods")}
+    assert values["lora: bytes kept for the backward, over the floor"] == 1.03
+    assert values["lora: bytes kept, over peft's"] == 1.0
+    assert values["lora: seconds of a step, over peft's"] == 1.02
+    assert values["dora: bytes kept, over peft's"] is None
+
+
+def test_an_unknown_benchmark_is_named():
+    done = subprocess.run([sys.executable, "-m", "benchmarks", "speed"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "'speed'" in done.stderr and "startup" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["lora", "lisa"])
+def test_the_formulas_of_memory_predict_what_was_not_fitted(name):
+    found = memory.Fit(memory.ours(name), "cpu")
+    assert found.errors() == pytest.approx((0, 0), abs=1e-3)
+    big, small = (found.largest(gib * 2**30, 512, True) for gib in (24, 8))
+    assert big > 2 * small > 0
+    assert found.largest(24 * 2**30, 512, False) < big
+
+
+def test_lora_needs_no_more_than_pefts():
+    pytest.importorskip("peft")
+    shape = memory.Shape(512, 3, 512, 32)
+    sides = memory.ours("lora"), memory.theirs("LORA")
+    assert len({memory.static(side, shape) for side in sides}) == 1
+    kept = [memory.kept(side, shape, False, "cpu") for side in sides]
+    assert kept[0] <= kept[1]
