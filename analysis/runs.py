@@ -151,7 +151,7 @@ def _derived(record: Record) -> dict[str, Any]:
         "protocol": _text(data.get("protocol")),
         "device": _text(environment.get("device")),
         "memory_kind": _text(environment.get("memory")),
-        "padding": (record.model_source.get("padding") or {}).get("kind"),  # packed or padded; none before there was a choice
+        "padding": (record.model_source.get("padding") or {}).get("kind"),
         "software": _text(environment.get("software")),
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8],
         "data_fingerprint": _text(prints.get("test")) if isinstance(prints, dict) else None,

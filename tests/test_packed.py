@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from analysis import Mixed, pareto
 from bench import packed, padding, random_models
 from bench.config import compose
 from bench.evaluate import evaluate
@@ -285,6 +286,15 @@ def test_rows_of_one_length_are_left_padded(tmp_path, monkeypatch):
     configured = config(tmp_path)
     ready = prepare(configured, configured.task.load(configured.data, 0), torch.device("cpu"))
     assert ready.source["padding"] == {"kind": "padded", "reason": "0.4% of the positions are padding, no more than 1%"}
+
+
+def test_packed_and_padded_runs_share_no_cost_axis():
+    table = pd.DataFrame({"method": ["a", "b"], "score": [1.0, 2.0], "padding": ["packed", "padded"]})
+    table = table.assign(trained_params=[1.0, 2.0], flops_total_train=[1.0, 2.0], time_step=[1.0, 2.0])
+    pareto(table, "trained_params")
+    for cost in ("flops_total_train", "time_step"):
+        with pytest.raises(Mixed, match="padding: packed, padded"):
+            pareto(table, cost)
 
 
 def test_an_unknown_padding(tmp_path):

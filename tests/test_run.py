@@ -15,6 +15,7 @@ from bench.config import compose
 from bench.evaluate import evaluate
 from bench.record import Record, json_schema
 from bench.run import run
+from bench.session import Session
 
 ROOT = Path(__file__).parents[1]
 TINY = ["model=random_bert", "task=rte", "data=standin", "task.limit={train:64,val:24,test:24}", "wandb=off"]
@@ -32,6 +33,21 @@ def command(tmp_path, *overrides, **options):
 
 def numbers(record):
     return record.score, record.metrics, record.history, record.selected_step
+
+
+def test_val_is_scored_once_per_evaluation(tmp_path, monkeypatch):
+    """Also where an evaluation before the last was the best."""
+    scored, score = [], Session.score
+
+    def worse_each_time(self, split):
+        table, metrics = score(self, split)
+        scored.append(split)
+        return table, metrics | {self.ready.task.metric: -float(len(scored))}
+
+    monkeypatch.setattr(Session, "score", worse_each_time)
+    record = run(config(tmp_path, "method=lora"))
+    assert scored == ["val", "val", "test"] and record.selected_step == 4
+    assert record.metrics["val/accuracy"] == -1 and record.metrics["last_val/accuracy"] == -2
 
 
 @pytest.mark.parametrize(
