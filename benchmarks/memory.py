@@ -14,6 +14,11 @@ backward on a CPU. Between and beyond them the two formulas below, which are exa
 With gradient checkpointing (of every block) the peak is what it keeps, and what one block keeps while it is computed again.
 Last columns: what the formulas say of a size that was not fitted, over what is counted there. Not counted: the memory of
 kernels for themselves, of the allocator, and of CUDA (0.5 GB or so): a real GPU holds somewhat less. `peft`: peft's own.
+
+Billions of parameters in 24 GiB, without and with checkpointing (torch 2.13, peft 0.21): full_ft 2.4 and 3.0, galore 3.6 and
+5.1, lisa 5.2 and 7.6, lora 7.2 and 11.8 (peft's the same), dora 6.8 and 11.7 (peft's 6.6 and 11.7), lst 10.0, mezo 12.9,
+qlora 4.6 and 26.1: its dropout keeps a mask and a float32 copy of the input of every linear layer. The formulas are exact
+to 0.1 % but for lst, whose side blocks round their widths (4 % of what is static, 11 % of what is kept).
 """
 
 from __future__ import annotations

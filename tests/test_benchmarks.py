@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as guard
-from benchmarks import memory
+from benchmarks import memory, scaling
+from benchmarks.floor import counted
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,3 +68,23 @@ def test_lora_needs_no_more_than_pefts():
     assert len({memory.static(side, shape) for side in sides}) == 1
     kept = [memory.kept(side, shape, False, "cpu") for side in sides]
     assert kept[0] <= kept[1]
+
+
+def test_kept_bytes_grow_in_proportion_to_tokens_and_layers_and_hardly_with_the_rank():
+    curves = {name: scaling.Curve(name) for name in ("tokens", "layers", "rank")}
+    for n in (1, 2, 4):
+        curves["tokens"].add(n, kept=counted(scaling.model(layers=1), scaling.batch(16 * n))["activations"])
+        curves["layers"].add(n, kept=counted(scaling.model(layers=n), scaling.batch(16))["activations"])
+        curves["rank"].add(n, kept=counted(scaling.model(layers=1, rank=n), scaling.batch(16))["activations"])
+    found = {name: curve.exponent("kept") for name, curve in curves.items()}
+    assert found["tokens"] == pytest.approx(1, abs=0.01) and found["layers"] == pytest.approx(1, abs=0.01)
+    assert 0 < found["rank"] < 0.01
+
+
+def test_a_power_law_is_found_and_drawn(tmp_path):
+    curve = scaling.Curve("n")
+    for n in (1, 2, 4, 8):
+        curve.add(n, seconds=3.0 * n**1.5, kept=7.0)
+    assert curve.exponent("seconds") == pytest.approx(1.5) and curve.exponent("kept", 2) == pytest.approx(0)
+    scaling.draw([curve], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
