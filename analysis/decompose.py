@@ -82,8 +82,8 @@ def top(W: Tensor, k: int, start: Tensor | None = None, near: bool = False) -> S
     """The k leading singular vectors of W (out, in) in float64, from `start` (min(out, in), b), on the short side.
 
     near: `start` is known to hold no wrong vectors, so that a step of Rayleigh-Ritz and its residual prove it. Otherwise block
-    Krylov iteration, whose residual and a Cholesky factor prove it. Where no proof succeeds, and where W is small: the
-    eigenvectors of its Gram matrix in float64, and where that has lost them too `full`.
+    Krylov iteration, whose residual and a Cholesky factor prove it. Where no proof succeeds: the eigenvectors of its Gram
+    matrix in float64. Where their residual is too large as well, and where W is small: `full`.
     """
     if W.shape[0] < W.shape[1]:
         return top(W.T, k, start, near).flip()
@@ -93,15 +93,8 @@ def top(W: Tensor, k: int, start: Tensor | None = None, near: bool = False) -> S
     start = orthonormal(random(D, k + EXTRA) if start is None else start.double())
     found = _ritz(D, start, k, "update") if near else None
     if found is None or found.error > TOLERANCE:
-        found = _krylov(D, W.float(), start, k) or _gram(D, k)
-    return first(full(W) if found is None else found, k)
-
-
-def _gram(D: Tensor, k: int) -> Svd | None:
-    """By the k leading eigenvectors of D^T D; None where the k-th value is so small that its square is rounding."""
-    squares, V = Gram(D).eigen(k)
-    S = squares[:k].clamp_min(0).sqrt()
-    return None if S[-1] <= 1e-7 * S[0] else Svd(thin(D, V) / S, S, V, solver="gram")
+        found = _krylov(D, W.float(), start, k) or _ritz(D, Gram(D).eigen(k + EXTRA)[1], k, "gram")
+    return first(full(W) if found is None or found.error > TOLERANCE else found, k)
 
 
 def first(svd: Svd, k: int) -> Svd:

@@ -106,7 +106,8 @@ def _spectrum(D: Tensor, change: Svd | None, k: int, floor: float) -> Svd:
         return change or full(D)
     if D.shape[0] < D.shape[1]:
         return _spectrum(D.T, None, k, floor).flip()
-    for dtype in (torch.float32, torch.float64)[len(D) < 2 * D.shape[1] :]:
+    square = len(D) < 2 * D.shape[1]  # about: has values too small for float32
+    for dtype in (torch.float64,) if square else (torch.float32, torch.float64):
         gram = Gram(D.to(dtype))
         squares, V = gram.eigen(k)
         error = gram.error(squares)
