@@ -124,6 +124,8 @@ def identity(config: dict[str, Any], data: dict[str, Any]) -> str:
         del kept["train"]["features"]
     if kept["train"].get("padding") == "auto":  # as before batches could be packed
         del kept["train"]["padding"]
+    if kept["method"].get("bits") == 4:  # as before qlora could keep 8
+        kept["method"] = {k: v for k, v in kept["method"].items() if k != "bits"}
     kept["task"] = {k: v for k, v in config["task"].items() if k not in TASK_FACTS}
     kept["data"] = {k: data.get(k) for k in ("standin", "fingerprints")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]

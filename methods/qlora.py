@@ -1,4 +1,4 @@
-"""QLoRA: LoRA on all linear layers of a 4-bit base. Dettmers et al., https://arxiv.org/abs/2305.14314"""
+"""QLoRA: LoRA on all linear layers of a base in 4 or 8 bits. Dettmers et al., https://arxiv.org/abs/2305.14314"""
 
 from __future__ import annotations
 
@@ -49,31 +49,26 @@ def lookup(codes: Tensor, kind: str) -> Tensor:
     return code_book(kind, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
 
 
-class NF4Linear(nn.Module):
-    """A frozen linear layer that stores 4.127 bits per weight: 4-bit codes and doubly quantised scales (equation 6)."""
+class PackedLinear(nn.Module):
+    """A frozen linear layer that stores codes for its weight. Subclasses set `packed` and say what the codes stand for."""
+
+    packed: nn.Parameter
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
-        codes, scales = quantise(linear.weight.detach().float(), BLOCK, "nf4")
-        self.packed = nn.Parameter(codes[:, ::2] << 4 | codes[:, 1::2], requires_grad=False)
+        self.pack(linear.weight.detach().float())
         self.packed.stands_for = linear.weight.numel()  # type: ignore[attr-defined]
-        mean = scales.mean()  # scales are positive: centred, the signed floats fit them
-        scale_codes, largest = quantise(scales - mean, SCALES, "float8")
-        self.register_buffer("scales", scale_codes.flatten()[: len(scales)].clone(), persistent=False)
-        self.register_buffer("largest", largest, persistent=False)
-        self.register_buffer("mean", mean, persistent=False)
         self.bias = linear.bias
+
+    def pack(self, weight: Tensor) -> None:
+        """Keep codes for the (out, in) weight."""
+        raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
         """The (out, in) weight that the codes stand for, built anew, in the dtype that the layer had."""
-        state: dict[str, Any] = self._buffers
-        largest = state["largest"].float().repeat_interleave(SCALES)[: len(state["scales"])]
-        scales = lookup(state["scales"], "float8") * largest + state["mean"].float()
-        codes = torch.stack([self.packed >> 4, self.packed & 15], -1).flatten(1)
-        values = (lookup(codes, "nf4") * scales[:, None]).flatten()[: self.in_features * self.out_features]
-        return values.view(self.out_features, self.in_features).to(self.dtype)
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return Product.apply(x, self)
@@ -86,11 +81,51 @@ class NF4Linear(nn.Module):
         return linear
 
 
+class Int8Linear(PackedLinear):
+    """8 bits per weight and one scale per output, the largest |weight| of its row: the weight of LLM.int8.
+
+    Dettmers et al., https://arxiv.org/abs/2208.07339, section 3.1, for the weight alone: inputs are not quantised.
+    """
+
+    def pack(self, weight: Tensor) -> None:
+        largest = weight.abs().amax(1, keepdim=True)
+        codes = (weight / largest.clamp_min(torch.finfo(weight.dtype).tiny) * 127).round()
+        self.packed = nn.Parameter(codes.to(torch.int8), requires_grad=False)
+        self.register_buffer("scales", largest / 127, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        scales: Tensor = self._buffers["scales"]  # type: ignore[assignment]
+        return (self.packed * scales).to(self.dtype)
+
+
+class NF4Linear(PackedLinear):
+    """4.127 bits per weight: 4-bit codes and doubly quantised scales (equation 6)."""
+
+    def pack(self, weight: Tensor) -> None:
+        codes, scales = quantise(weight, BLOCK, "nf4")
+        self.packed = nn.Parameter(codes[:, ::2] << 4 | codes[:, 1::2], requires_grad=False)
+        mean = scales.mean()  # scales are positive: centred, the signed floats fit them
+        scale_codes, largest = quantise(scales - mean, SCALES, "float8")
+        self.register_buffer("scales", scale_codes.flatten()[: len(scales)].clone(), persistent=False)
+        self.register_buffer("largest", largest, persistent=False)
+        self.register_buffer("mean", mean, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        state: dict[str, Any] = self._buffers
+        largest = state["largest"].float().repeat_interleave(SCALES)[: len(state["scales"])]
+        scales = lookup(state["scales"], "float8") * largest + state["mean"].float()
+        codes = torch.stack([self.packed >> 4, self.packed & 15], -1).flatten(1)
+        values = (lookup(codes, "nf4") * scales[:, None]).flatten()[: self.in_features * self.out_features]
+        return values.view(self.out_features, self.in_features).to(self.dtype)
+
+
 class Product(torch.autograd.Function):
     """W x + b with a weight that neither pass keeps: the backward builds it again from its codes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: NF4Linear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
         return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
@@ -99,11 +134,11 @@ class Product(torch.autograd.Function):
         return grad @ ctx.layer.weight.to(grad.dtype), None
 
 
-class QLoRALinear(LoRALinear):
-    """LoRA beside a 4-bit layer."""
+PACKINGS: dict[int, type[PackedLinear]] = {4: NF4Linear, 8: Int8Linear}
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float = 0.0):
-        super().__init__(NF4Linear(base), rank, scale, dropout)  # type: ignore[arg-type]
+
+class QLoRALinear(LoRALinear):
+    """LoRA beside a packed layer."""
 
     def unpack(self) -> None:
         self.base = self.base.dense()  # type: ignore[operator]
@@ -112,7 +147,7 @@ class QLoRALinear(LoRALinear):
 @register
 @dataclass
 class QLoRA(LoRA):
-    """The target layers are quantised to NF4 with double quantisation, and LoRA is trained beside them.
+    """The target layers are quantised to NF4 with double quantisation, or to 8 bits, and LoRA is trained beside them.
 
     Starts as the *quantised* model, and merges into its de-quantised weights. Codes, scales and their layout are those
     of the authors' library bitsandbytes, which is not needed. Paged optimizers are no part of this.
@@ -120,14 +155,21 @@ class QLoRA(LoRA):
 
     lr: ClassVar[float] = 2e-4  # appendix B: 7B and 13B
     family: ClassVar[str] = "quantised"
-    acts: ClassVar[str] = "weights of all linear layers, which are kept in 4 bits"
+    acts: ClassVar[str] = "weights of all linear layers, which are kept in 4 or 8 bits"
     oracle: ClassVar[str] = "bitsandbytes, closed form"
     neutral: ClassVar[bool] = False  # quantising moves every weight
 
-    rank: int = 64  # this and all below: appendix B
+    rank: int = 64  # this and the next two: appendix B
     alpha: float = 16.0
     dropout: float = searched(0.1, (0.0, 0.05, 0.1))
     targets: str = "all_linear"
+    bits: int = 4  # 8: see `Int8Linear`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits not in PACKINGS:
+            raise ValueError(f"method.bits={self.bits}: the options are {', '.join(map(str, PACKINGS))}")
 
     def layer(self, base: nn.Linear) -> Adapted:
-        return QLoRALinear(base, self.rank, self.scale, self.dropout)
+        packed: Any = PACKINGS[self.bits](base)
+        return QLoRALinear(packed, self.rank, self.scale, self.dropout)

@@ -4,12 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+from bench.config import compose
 from bench.measure import saved_bytes, weight_bytes
 from bench.model import counts, merge, weights
 from bench.random_models import random_model
+from bench.record import identity
+from bench.run import _new_record
 from methods import METHODS
 from methods.lora import LoRALinear
-from methods.qlora import NF4, NF4Linear, Product, code_book, quantise
+from methods.qlora import NF4, Int8Linear, NF4Linear, PackedLinear, Product, code_book, quantise
 from tests.test_methods import applied, batch_of, logits, perturb
 from tests.test_optimizers import loop_of, resumes_bit_for_bit
 from tests.test_parity import TOLERANCE
@@ -79,24 +82,51 @@ def test_weighs_half_a_byte_per_weight():
     assert 0.51 < (weight_bytes(layer) - 4 * 1024) / n < 0.52  # 4.127 bits
 
 
-def test_the_model_weighs_what_is_packed():
+def test_eight_bits_weigh_a_byte_per_weight_and_a_scale_per_output():
+    layer = Int8Linear(linear(512, 1024))
+    assert weight_bytes(layer) == 512 * 1024 + 4 * 1024 + 4 * 1024  # codes, scales; bias
+
+
+def test_eight_bits_are_within_half_a_step_of_each_weight():
+    layer = linear(128, 96)
+    layer.weight.data[3] = 0
+    layer.weight.data[5] *= 1000  # an outlier costs its own row alone
+    steps = layer.weight.abs().amax(1, keepdim=True) / 127
+    packed = Int8Linear(layer)
+    assert ((packed.weight - layer.weight).abs() <= steps / 2 * 1.001).all()
+    assert (packed.packed.abs().amax(1)[[i for i in range(96) if i != 3]] == 127).all()
+    error = (packed.weight - layer.weight).norm() / (NF4Linear(layer).weight - layer.weight).norm()
+    assert error < 0.15
+
+
+def test_bits_are_4_or_8_and_only_8_is_another_run():
+    with pytest.raises(ValueError, match=r"bits=3: the options are 4, 8"):
+        METHODS["qlora"](bits=3)
+    four, eight = (_new_record(compose(["method=qlora", f"method.bits={bits}"])).config for bits in (4, 8))
+    old = four | {"method": {k: v for k, v in four["method"].items() if k != "bits"}}
+    assert identity(old, {}) == identity(four, {}) != identity(eight, {})
+
+
+@pytest.mark.parametrize(("bits", "dtype", "per_weight"), [(4, torch.uint8, 0.5), (8, torch.int8, 1)])
+def test_the_model_weighs_what_is_packed(bits, dtype, per_weight):
     model = random_model("llama")
     dense = weight_bytes(model)
     linears = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n)
     total = counts(model, set())["total_params"]
-    model = METHODS["qlora"](rank=2).apply(model, iter(()))
+    model = METHODS["qlora"](rank=2, bits=bits).apply(model, iter(()))
     added = counts(model, set())["trained_params"]
-    packed = sum(p.numel() for p in model.parameters() if p.dtype == torch.uint8)
-    scales = sum(b.numel() * b.element_size() for m in model.modules() if isinstance(m, NF4Linear) for b in m.buffers())
-    assert packed == linears // 2
+    packed = sum(p.numel() for p in model.parameters() if p.dtype == dtype)
+    layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    scales = sum(b.numel() * b.element_size() for m in layers for b in m.buffers())
+    assert packed == linears * per_weight
     assert weight_bytes(model) == dense - 4 * linears + packed + scales + 4 * added
     assert counts(model, set())["total_params"] == total + added  # weights, not bytes of codes
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "vit"])
-def test_is_lora_on_the_dequantised_model(kind):
+@pytest.mark.parametrize(("kind", "bits"), [("bert", 4), ("llama", 4), ("vit", 4), ("llama", 8)])
+def test_is_lora_on_the_dequantised_model(kind, bits):
     """Outputs, gradients and three steps agree with LoRA on a model that holds the de-quantised weights densely."""
-    _, ours = applied("qlora", kind)
+    _, ours = applied("qlora", kind, bits=bits)
     perturb(ours)
     _, theirs = applied("lora", kind, rank=8, targets="all_linear")
     for name, module in theirs.named_modules():
@@ -127,8 +157,9 @@ def trainable(model):
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
 
-def test_the_product_has_the_gradient_of_its_weight():
-    layer = NF4Linear(linear(12, 8))
+@pytest.mark.parametrize("packed", [NF4Linear, Int8Linear])
+def test_the_product_has_the_gradient_of_its_weight(packed):
+    layer = packed(linear(12, 8))
     layer.dtype = torch.float64
     x = torch.randn(3, 5, 12, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: Product.apply(x, layer), x)
