@@ -69,7 +69,9 @@ def _pack(ready: Prepared, config: Config) -> str:
     if len(batch["labels"]) == 1 or (packed and (found - expected).abs().max() <= close * expected.abs().max()):
         return ""
     undo.close()
-    return "packed rows give other states under this method" if packed else "the method gives its blocks a cache"
+    if not packed:
+        return "the blocks are given a cache, or no mask of rows"
+    return "packed rows give other states under this method"
 
 
 def padding_share(ready: Prepared, config: Config) -> float:
