@@ -43,9 +43,13 @@ def command(results, *overrides, **options):
     return subprocess.Popen(arguments, cwd=ROOT, **options)
 
 
+def records(results):
+    return [Record.load(p) for p in Path(results).glob("*/record.json")]
+
+
 def numbers(results):
-    records = [Record.load(p) for p in Path(results).glob("*/record.json")]
-    return {r.id: (r.status, r.score, r.metrics, r.history, r.selected_step, r.trained_params) for r in records}
+    found = records(results)
+    return {r.id: (r.status, r.score, r.metrics, r.history, r.selected_step, r.trained_params) for r in found}
 
 
 def sweep(results, *overrides):
@@ -219,19 +223,21 @@ def test_out_of_memory_names_the_peak_and_the_next_cell_is_unharmed(tmp_path, un
 
 @pytest.mark.parametrize("isolated", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_sigterm_stops_the_sweep_and_the_same_command_goes_on(tmp_path, isolated):
-    long = ["-m", "seed=0,1", f"isolate={isolated}", "train.checkpoint_seconds=0.05", "train.steps=30"]
-    process = command(tmp_path, *long)
-    wait_for(lambda: list(tmp_path.glob("*/checkpoint.safetensors")), process)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 130, output
-    assert [r[0] for r in numbers(tmp_path).values()] == ["interrupted"]
-    again = command(tmp_path, *long)
+    cell = ["train.checkpoint_seconds=0.05", "train.steps=120", "train.eval_every=60"]
+    long = ["-m", "seed=0,1", f"isolate={isolated}", *cell]
+    with open(tmp_path / "log", "w") as log:  # no pipe, which a process that outlives the command would hold open
+        process = command(tmp_path / "runs", *long, stdout=log)
+        wait_for(lambda: list((tmp_path / "runs").glob("*/checkpoint.safetensors")), process, 400)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(400) == 130, (tmp_path / "log").read_text()
+    left = [r.status for r in records(tmp_path / "runs") if r.status != "ok"]  # a slow signal reaches the second run
+    assert left == ["interrupted"] and len(list((tmp_path / "runs").glob("*/checkpoint.safetensors"))) == 1
+    again = command(tmp_path / "runs", *long)
     output = again.communicate(timeout=600)[0]  # a busy machine takes minutes to start four processes
     assert again.returncode == 0 and "going on from step" in output, output
     for seed in (0, 1):
-        run(config(tmp_path / "whole", f"seed={seed}", *long[3:]))
-    assert numbers(tmp_path) == numbers(tmp_path / "whole")
+        run(config(tmp_path / "whole", f"seed={seed}", *cell))
+    assert numbers(tmp_path / "runs") == numbers(tmp_path / "whole")
 
 
 @contextlib.contextmanager
