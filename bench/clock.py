@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import math
 import statistics
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
+
+_still = threading.local()
+
+
+def now() -> float:
+    """Seconds, without those for which the clock of this thread stood still."""
+    return time.perf_counter() - getattr(_still, "seconds", 0.0)
+
+
+def stand_still(seconds: float) -> None:
+    """Take `seconds` off this thread's clock: others were at work (`turns.py`)."""
+    _still.seconds = getattr(_still, "seconds", 0.0) + seconds
 
 
 class Phases:
@@ -23,6 +36,7 @@ class Phases:
         self.device = torch.device(device)
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int | None] = {}
+        self.fused = 1  # runs that were trained at once
         self._open: list[str] = []
         self._since = 0.0
 
@@ -39,15 +53,15 @@ class Phases:
     def _border(self) -> None:
         """Book what happened since the last border to the innermost open phase."""
         synchronize(self.device)
-        now, cuda = time.perf_counter(), self.device.type == "cuda"
+        moment, cuda = now(), self.device.type == "cuda"
         if self._open:
             name = self._open[-1]
-            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+            self.seconds[name] = self.seconds.get(name, 0.0) + moment - self._since
             peak = torch.cuda.max_memory_allocated(self.device) if cuda else None
             self.peaks[name] = max(self.peaks.get(name) or 0, peak) if peak is not None else self.peaks.get(name)
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._since = time.perf_counter()
+        self._since = now()
 
     @property
     def total(self) -> float:
@@ -56,9 +70,10 @@ class Phases:
 
     def state(self) -> dict[str, Any]:
         """What `load_state` adds to the phases of the process that resumes; plain JSON."""
-        return {"seconds": dict(self.seconds), "peaks": dict(self.peaks)}
+        return {"seconds": dict(self.seconds), "peaks": dict(self.peaks), "fused": self.fused}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        self.fused = max(self.fused, state.get("fused", 1))
         for name, seconds in state["seconds"].items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
             peaks = [p for p in (state["peaks"].get(name), self.peaks.get(name)) if p is not None]
@@ -76,13 +91,13 @@ class StepTimer:
 
     def __enter__(self) -> Self:
         synchronize(self.device)
-        self._start = time.perf_counter()
+        self._start = now()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             synchronize(self.device)
-            self.sessions[-1].append(time.perf_counter() - self._start)
+            self.sessions[-1].append(now() - self._start)
 
     @property
     def samples(self) -> list[float]:

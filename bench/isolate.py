@@ -34,9 +34,12 @@ def isolated(config: Config) -> bool:
     import torch
 
     from bench.distributed import launched
+    from bench.turns import member
 
     wish = str(config.isolate).lower()
     fits = config.device != "cpu" and torch.cuda.is_available() and launched() == 1
+    if member() is not None:  # of a team in this process
+        return False
     return wish == "true" or (wish == "auto" and fits)
 
 

@@ -30,6 +30,16 @@ def running(layout: Layout | None) -> Iterator[None]:
         _current.pop()
 
 
+def forwards() -> list[Layout | None]:
+    """The layouts of all forwards that this process is in, for `resume`."""
+    return [*_current]
+
+
+def resume(layouts: list[Layout | None]) -> None:
+    """Be in these forwards again: where threads take turns, each has its own."""
+    _current[:] = layouts
+
+
 def recomputing() -> tuple[Any, Any]:
     """`context_fn` of torch's checkpoint: what is computed again in the backward has the layout of its forward."""
     return nullcontext(), running(current())

@@ -37,7 +37,9 @@ __all__ = [
     "weight_bytes",
 ]
 Batch = dict[str, Tensor]
-CACHED = ("step", "step_samples", "train", "eval", "total")  # seconds that kept features make fewer
+CACHED = ("step", "step_samples", "train", "eval", "total")  # seconds that kept features make fewer, or others share
+PEAKS = ("peak", "peak_train", "peak_eval")
+FUSED = "seconds: a run's own, and an equal share of what was computed at once; bytes: by kind, of its own model"
 
 if TYPE_CHECKING:
     from bench.record import Record
@@ -136,13 +138,25 @@ def mark_cached(record: Record, phases: Phases) -> None:
     the seconds it took to compute them, or to read them where they were there.
     """
     record.time["features"] = phases.seconds.get("features")
-    if record.time["features"] is None:
-        return
-    peaks = ("peak", "peak_train", "peak_eval") if phases.device.type == "cuda" else ()
-    costs: Any = ((record.time, CACHED), (record.memory, peaks), (record.energy, tuple(record.energy)))
+    if record.time["features"] is not None:
+        _set_aside(record, "cached", CACHED, PEAKS if phases.device.type == "cuda" else ())
+
+
+def mark_fused(record: Record, phases: Phases) -> None:
+    """Where runs were trained at once: say how many, and move what is a share of theirs out of those columns, to `fused_...`.
+
+    What stays is the run's own: FLOPs, and bytes of weights, gradients, optimizer and activations.
+    """
+    if phases.fused > 1:
+        record.environment["fused"] = {"runs": phases.fused, "rule": FUSED}
+        _set_aside(record, "fused", (*CACHED, "setup", "generation"), PEAKS)
+
+
+def _set_aside(record: Record, why: str, seconds: tuple[str, ...], peaks: tuple[str, ...]) -> None:
+    costs: Any = ((record.time, seconds), (record.memory, peaks), (record.energy, tuple(record.energy)))
     for values, names in costs:
         for name in names:
-            values[f"cached_{name}"], values[name] = values.get(name), None
+            values[f"{why}_{name}"], values[name] = values.get(name), None
 
 
 def out_of_memory(error: BaseException) -> bool:

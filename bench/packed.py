@@ -94,6 +94,9 @@ def _position(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any,
     return args, kwargs
 
 
+OF_BLOCKS = (_begin, _position)  # the hooks
+
+
 def _end(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of what ends the stack."""
     if isinstance(output, Tensor):

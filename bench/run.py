@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench import distributed, measure
+from bench import distributed, fused, measure
 from bench.batches import TrainBatches, elements, longest
 from bench.config import Config, from_record
 from bench.isolate import in_a_process, isolated
@@ -135,7 +135,8 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Tracker, stop: Sto
             seed_everything(config.seed)
             session = Session(record, config, ready, loop, costs, tracker, stop)
             session.resume()
-            scored = session.go(batches, cost["activations"])
+            with fused.joined(ready, config, costs.phases):
+                scored = session.go(batches, cost["activations"])
         if distributed.place():
             return
         kept = counts(ready.model, ready.head)  # after training less may be left: a dropped MLP, pruned ranks
@@ -147,6 +148,7 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Tracker, stop: Sto
         record.time = measure.times(costs.phases, costs.steps)
         record.energy = costs.energy.read() if distributed.launched() == 1 else {}  # one counter sees one device
         measure.mark_cached(record, costs.phases)
+        measure.mark_fused(record, costs.phases)
         record.flops = _flops(cost, loop, batches, config)
         record.data["truncated"] = {split: encoded.truncated for split, encoded in ready.encoded.items()}
         stop.owned()

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bench import distributed
+from bench import distributed, fused
 from bench.ledger import Claim, Claimed
 from bench.model import load_trained_state, trained_state
 from bench.prefix import train_mode
 from bench.sharding import in_step
+from bench.turns import member
 
 if TYPE_CHECKING:
     from bench.batches import TrainBatches
@@ -93,6 +94,7 @@ class Loop:
                 loss = self.loss(part) * (count / everywhere)
                 if torch.is_grad_enabled():  # a zeroth-order optimizer asks for the loss alone
                     (loss * self._scale).backward()
+                    fused.backward()
                 total += loss.detach()
         distributed.add_up([total])
         if torch.is_grad_enabled():
@@ -224,9 +226,9 @@ class Stop:
 
 @contextmanager
 def stoppable(claim: Claim | None = None) -> Iterator[Stop]:
-    """Listen to SIGNALS inside the block (in the main thread; elsewhere nothing is listened to)."""
-    stop = Stop(claim)
-    with handling(stop):
+    """Listen to SIGNALS inside the block: in the main thread, or in one whose signals come from there (`turns.py`)."""
+    stop, here = Stop(claim), member()
+    with handling(stop), here.turns.listening(stop) if here else nullcontext():
         yield stop
 
 

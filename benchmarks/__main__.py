@@ -71,6 +71,10 @@ BENCHMARKS: dict[str, tuple[str, list[Goal]]] = {  # module: its options here, i
         "--rows 1000 --epochs 2 --rounds 3",
         [Goal("whole run on short text, Trainer over ours", rf"^Trainer / ours: median {NUMBER}", ">= 2.5")],
     ),
+    "fused": (
+        "--shapes 128x2 --rows 200 --rounds 1",
+        [Goal("eight small runs, Trainer over fused", rf"^128x2: .* Trainer / fused: median {NUMBER}", ">= 2")],
+    ),
     "generation": (
         "--rows 32 --steps 20 --rounds 1",
         [Goal("GSM8K answers, generate over ours", rf"^generate / ours: median {NUMBER}", ">= 3")],

@@ -1,0 +1,115 @@
+"""`hydra/launcher=fused`: the jobs of a sweep in one process, those that share a backbone trained at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+log = logging.getLogger("bench")
+OWN = ("lr", "weight_decay", "schedule", "warmup", "clip", "patience", "epochs", "steps", "eval_every", "select")
+SHARED = ("model", "task", "data", "device", "threads", "results")
+
+
+class FusedLauncher(Launcher):
+    """Runs jobs whose `kin` is the same together, up to `runs` at once; the others in turn, each with a line that says why.
+
+    timed: measure on the first batches how many at once cost the least, which may be none; else always all.
+    """
+
+    def __init__(self, runs: int = 8, timed: bool = True):
+        if runs < 1:
+            raise ValueError(f"hydra.launcher.runs={runs} must be at least 1")
+        self.runs, self.timed = runs, timed
+
+    def setup(self, *, hydra_context: Any, task_function: Callable[..., Any], config: DictConfig) -> None:
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        setup_globals()
+        self._log_of_the_sweep()
+        Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
+        jobs = [self._job(list(o), initial_job_idx + k) for k, o in enumerate(job_overrides)]
+        found: dict[int, JobReturn] = {}
+        for team in teams([kin(job) for job in jobs], self.runs):
+            for k in team:
+                log.info("#%d : %s", initial_job_idx + k, " ".join(filter_overrides(job_overrides[k])))
+            if len(team) == 1:
+                log.info("not fused: no other job has its method, model, task and batches")
+            found |= dict(zip(team, self._together([jobs[k] for k in team]), strict=True))
+            self._log_of_the_sweep()
+        return [found[k] for k in range(len(jobs))]
+
+    def _job(self, overrides: list[str], number: int) -> DictConfig:
+        job = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(job):
+            job.hydra.job.id = job.hydra.job.num = number
+        return job
+
+    def _together(self, jobs: list[DictConfig]) -> list[JobReturn]:
+        """One thread each, where there is more than one; signals reach all of them."""
+        from bench.fused import Team
+        from bench.train import handling
+
+        bodies = [partial(self._run, job) for job in jobs]
+        if len(bodies) == 1:
+            return [bodies[0]()]
+        team = Team([(_hydra, _set_hydra), (_handlers, _set_handlers)], timed=self.timed)
+        with handling(team.signal):
+            return team.run(bodies)
+
+    def _run(self, job: DictConfig) -> JobReturn:
+        return run_job(
+            hydra_context=self.hydra_context,
+            task_function=self.task_function,
+            config=job,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+
+    def _log_of_the_sweep(self) -> None:
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+
+
+def kin(job: DictConfig) -> str:
+    """What jobs must have in common to be trained together: all but the seed, what a method is set to, and `OWN` of train."""
+    own = {k: v for k, v in OmegaConf.to_container(job, resolve=False).items() if k != "hydra"}  # type: ignore[union-attr]
+    kept: dict[str, Any] = {k: own.get(k) for k in SHARED}
+    kept["train"] = {k: v for k, v in own["train"].items() if k not in OWN}  # type: ignore[union-attr, index]
+    kept["method"] = str(job.hydra.runtime.choices.method)
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def teams(kins: Sequence[str], most: int) -> list[list[int]]:
+    """Indices of jobs of one kin, up to `most` together, in the order of the first of each."""
+    found: dict[str, list[list[int]]] = {}
+    for k, name in enumerate(kins):
+        groups = found.setdefault(name, [[]])
+        if len(groups[-1]) == most:
+            groups.append([])
+        groups[-1].append(k)
+    return sorted((g for groups in found.values() for g in groups), key=lambda g: g[0])
+
+
+def _hydra() -> Any:
+    return HydraConfig.instance().cfg
+
+
+def _set_hydra(value: Any) -> None:
+    HydraConfig.instance().cfg = value
+
+
+def _handlers() -> list[logging.Handler]:
+    return [*logging.getLogger().handlers]
+
+
+def _set_handlers(value: list[logging.Handler]) -> None:
+    logging.getLogger().handlers[:] = value
