@@ -27,7 +27,7 @@ test: .venv/.done ## the whole test suite, on the CPU and without a network
 	$(BIN)/python -m pytest -n 2
 
 test-cluster: .venv/.done ## a real SLURM of one node, where its programs are: apt-get install slurm-wlm munge
-	$(BIN)/python -m pytest -m cluster
+	$(BIN)/python -m pytest -m cluster tests/test_cluster.py
 
 bench: .venv/.done ## every benchmark in its quick form, its numbers against the goals
 	$(BIN)/python -m benchmarks
