@@ -87,7 +87,7 @@ class Each(nn.Module):
 
     def __init__(self, members: Sequence[nn.Module]):
         super().__init__()
-        self.members = tuple(members)  # no submodules of this one
+        self.members: tuple[Any, ...] = tuple(members)  # no submodules of this one
 
     def __getattr__(self, name: str) -> Any:
         """What a block asks of the module in its place: a dropout's rate, a layer's size."""
@@ -118,7 +118,7 @@ class EachChange(Each):
     A change that gives its base anything but its own input computes that itself.
     """
 
-    def __init__(self, members: Sequence[nn.Module]):
+    def __init__(self, members: Sequence[Any]):
         super().__init__(members)
         self.one_bias = same_place([m.base.bias for m in members])
         self.read = True  # whether a change calls its base on its own input: seen in each pass
@@ -155,7 +155,7 @@ class EachDropout(Each):
     """Dropout with each run's own mask. On a CPU one product for all, of exactly the numbers that `nn.Dropout` draws."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        (p,) = {m.p for m in self.members} if x.device.type == "cpu" else {None}  # type: ignore[misc]
+        (p,) = {m.p for m in self.members} if x.device.type == "cpu" else {None}
         if p is None:  # a kernel that draws in an order of its own
             return super().forward(x)
         noise = torch.empty_like(x)

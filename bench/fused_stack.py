@@ -105,9 +105,9 @@ def _own(modules: Sequence[nn.Module]) -> Iterator[tuple[Sequence[nn.Module], nn
 
 def _each(modules: Sequence[nn.Module]) -> Each:
     """What takes the place of modules that differ: the products that they share are computed at once."""
-    layers = [m.base if isinstance(m, Adapted) else m for m in modules]
-    plain = all(type(m) is nn.Linear and not trains(m.weight) and not hooked(m) for m in layers)
-    if any(map(hooked, modules)) or not plain or not same_place([m.weight for m in layers]):  # type: ignore[misc]
+    layers: list[Any] = [m.base if isinstance(m, Adapted) else m for m in modules]
+    plain = all(type(m) is nn.Linear and not trains(m.weight) and not hooked(m) for m in layers)  # type: ignore[arg-type]
+    if any(map(hooked, modules)) or not plain or not same_place([m.weight for m in layers]):
         return Each(modules)
     return EachBias(modules) if isinstance(modules[0], nn.Linear) else EachChange(modules)
 
@@ -120,7 +120,7 @@ def _differs(modules: Sequence[nn.Module]) -> bool:
     if any(isinstance(m, Adapted | Added) or hooked(m) for m in modules):
         return True
     tensors = [[*m.parameters(recurse=False), *m.buffers(recurse=False)] for m in modules]
-    if any(trains(t) for t in tensors[0] if isinstance(t, nn.Parameter)):
+    if any(trains(p) for p in first.parameters(recurse=False)):
         return True
     return len({tuple(t.data_ptr() for t in own) for own in tensors}) > 1
 

@@ -128,14 +128,14 @@ class Turns:
     def run(self, bodies: Sequence[Callable[[], Any]]) -> list[Any]:
         """The results of `bodies`, in their order. Raises the first error that a body raises, after all have ended."""
         self.members = [Member(self, body, k) for k, body in enumerate(bodies)]
-        own, kept, numpy = Draws(), [read() for read, _ in self.keeps], np.random.get_bit_generator()
+        own, kept, numpy = Draws(), [read() for read, _ in self.keeps], np.random.get_bit_generator()  # type: ignore[attr-defined]
         self.ready.extend(self.members)
         for m in self.members:
             m._thread.start()
         self.next()
         self._home.acquire()
         own.give()
-        np.random.set_bit_generator(numpy)
+        np.random.set_bit_generator(numpy)  # type: ignore[attr-defined]
         for (_, write), value in zip(self.keeps, kept, strict=True):
             write(value)
         for m in (m for m in self.members if m.error is not None):
@@ -212,7 +212,7 @@ class Draws:
     def __init__(self) -> None:
         self.torch = torch.Generator()
         self.numpy = np.random.MT19937()
-        self.numpy.state = np.random.get_bit_generator().state
+        self.numpy.state = np.random.get_bit_generator().state  # type: ignore[attr-defined, assignment]
         self.cuda: torch.Tensor | None = None
         self.take()
 
@@ -226,7 +226,7 @@ class Draws:
     def give(self) -> None:
         """Make it the state of the process, where numpy draws from now on from a generator of its own."""
         torch.set_rng_state(self.torch.get_state())
-        np.random.set_bit_generator(self.numpy)
+        np.random.set_bit_generator(self.numpy)  # type: ignore[attr-defined]
         random.setstate(self.python)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda)
