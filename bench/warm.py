@@ -128,7 +128,8 @@ def serve(number: int, modules: list[str]) -> list[int]:
                 os.close(file)
             _, status, usage = os.wait4(child, 0)
             child = 0
-            requests.sendall(json.dumps([os.waitstatus_to_exitcode(status), usage.ru_maxrss * SIZE]).encode())
+            with contextlib.suppress(BrokenPipeError):  # the command has died, and this process's next look sees it
+                requests.sendall(json.dumps([os.waitstatus_to_exitcode(status), usage.ru_maxrss * SIZE]).encode())
     sys.exit(0)
 
 
