@@ -141,5 +141,3 @@ class Computing:
         self.ready.model.eval()
         with autocast(self.precision, self.ready.device):
             return self.ready.model(**batch)
-
-
