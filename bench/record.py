@@ -122,9 +122,9 @@ def identity(config: dict[str, Any], data: dict[str, Any]) -> str:
     kept["train"] = {k: v for k, v in config["train"].items() if k != "checkpoint_seconds"}
     if kept["train"].get("features") == "off":  # as before features could be kept
         del kept["train"]["features"]
-    if kept["train"].get("padding") == "auto":  # as before batches could be packed
+    if kept["train"].get("padding") == "padded":  # as all batches were before they could be packed
         del kept["train"]["padding"]
-    if kept["method"].get("bits") == 4:  # as before qlora could keep 8
+    if kept.get("method", {}).get("bits") == 4:  # as before qlora could keep 8
         kept["method"] = {k: v for k, v in kept["method"].items() if k != "bits"}
     kept["task"] = {k: v for k, v in config["task"].items() if k not in TASK_FACTS}
     kept["data"] = {k: data.get(k) for k in ("standin", "fingerprints")}
