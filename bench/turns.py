@@ -3,7 +3,8 @@
 A run keeps its turn until it asks something of all of them (`Member.meet`), or ends. Once every run that is still there
 has asked, one thread answers for those that asked the same. The random generators of the process change hands with the
 turn, and so does what the caller names in `keeps`; a run's clock (`clock.now`) stands still while others are at work, but
-for its equal share of what was answered together.
+for its equal share of what was answered together. What is answered together has all of torch's threads, a run's own work one:
+every Python thread has threads of OpenMP of its own, which would go on waiting, at full speed, into the turns of the others.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class Member:
         self._resume()
 
     def _resume(self) -> None:
+        torch.set_num_threads(self.turns.threads if self.alone else 1)
         self.draws.give()
         for (_, write), value in zip(self.turns.keeps, self._kept, strict=True):
             write(value)
@@ -121,6 +123,7 @@ class Turns:
         self.ready: deque[Member] = deque()
         self.held: list[Member] = []  # whose requests wait until the others have ended
         self.size = 0  # how many of those held go on at once
+        self.threads = torch.get_num_threads()  # of torch, for what is answered together
         self._home = threading.Semaphore(0)
         self._listening: list[Callable[[int, Any], None]] = []
         self._signals: list[int] = []
@@ -135,6 +138,7 @@ class Turns:
         self.next()
         self._home.acquire()
         own.give()
+        torch.set_num_threads(self.threads)
         np.random.set_bit_generator(numpy)  # type: ignore[attr-defined]
         for (_, write), value in zip(self.keeps, kept, strict=True):
             write(value)
@@ -155,6 +159,7 @@ class Turns:
     def lead(self, group: list[Member]) -> None:
         """Answer `group`; where that fails, every member begins anew, one after the other. Runs in the thread of the first."""
         since = time.perf_counter()
+        torch.set_num_threads(self.threads)
         try:
             self.respond(group)
         except Exception as error:
