@@ -125,7 +125,9 @@ def started(folder):
 
 def slurm(env, *command):
     """What a command of SLURM prints."""
-    return subprocess.run(command, env=env, check=True, timeout=60, capture_output=True, text=True).stdout
+    done = subprocess.run(command, env=env, check=False, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+    return done.stdout
 
 
 CELL = ["model=random_bert", "task=rte", "data=standin", "task.limit={train:64,val:24,test:24}", "wandb=off"]
