@@ -34,6 +34,7 @@ class FusedLauncher(Launcher):
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs, team by team; what each returned, in their order."""
         setup_globals()
         self._log_of_the_sweep()
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)

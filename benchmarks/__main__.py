@@ -68,7 +68,7 @@ BENCHMARKS: dict[str, tuple[str, list[Goal]]] = {  # module: its options here, i
         [Goal("linear probe: an epoch over one on kept features", rf"^linear_probe bert .* {NUMBER}x .*x ", ">= 10")],
     ),
     "training": (
-        "--rows 1000 --epochs 2 --rounds 3",
+        "--rows 2000 --rounds 1",
         [Goal("whole run on short text, Trainer over ours", rf"^Trainer / ours: median {NUMBER}", ">= 2.5")],
     ),
     "fused": (

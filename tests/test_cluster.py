@@ -136,7 +136,8 @@ SLURM = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1"]
 
 
 def sweep(folder, env, *overrides):
-    """Start a sweep whose jobs SLURM runs; its output goes to a file beside its results."""
+    """Start a sweep whose jobs SLURM runs, alone in the queue; its output goes to a file beside its results."""
+    wait_for(lambda: not slurm(env, "squeue", "-h"), 60, "a job whose run has ended does not leave the queue")
     command = [sys.executable, "-m", "bench", "-m", *CELL, *SLURM, f"results={folder}", *overrides]
     with open(f"{folder}.log", "w") as log:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
