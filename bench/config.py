@@ -47,6 +47,7 @@ class TrainConfig:
     clip: float | None = 1.0  # norm of all gradients
     precision: str = "fp32"  # fp32; bf16, fp16: autocast; bf16_full: trained parameters in bf16 too
     gradient_checkpointing: bool = False
+    offload: str = "none"  # activations: what the backward pass needs waits in the host's memory: bench/offload.py
     eval_every: int | None = None  # steps; null: each epoch
     select: str = "best"  # best: the checkpoint with the best val score; last: the last one
     patience: int | None = None  # evaluations without a better val score before stopping; null: never
@@ -61,6 +62,7 @@ class TrainConfig:
         choose("train.precision", self.precision, PRECISIONS)
         choose("train.select", self.select, ("best", "last"))
         choose("train.features", self.features, ("off", "auto"))
+        choose("train.offload", self.offload, ("none", "activations"))
         choose("train.padding", self.padding, ("auto", "packed", "padded"))
         if self.steps is None and self.epochs is None:
             raise ValueError("train.steps and train.epochs are both null: give one of them")
@@ -109,6 +111,10 @@ class Config:
         if self.spectra_every is not None and self.spectra_every < 1:
             raise ValueError(f"spectra_every={self.spectra_every} must be at least 1 step, or null for never")
         choose("test", self.test, ("open", "locked", "selected"))
+        if self.shard and self.train.offload != "none":
+            raise ValueError(
+                f"shard=true with train.offload={self.train.offload} would copy gathered weights to the host: give one of them"
+            )
 
 
 def compose(overrides: list[str]) -> Config:

@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from bench.clock import Phases, StepTimer, times
 from bench.environment import Energy, environment
 from bench.flops import counting, flops
+from bench.offload import Offload, View
 from bench.prefix import train_mode
 from bench.storage import gradient_bytes, model_tensors, optimizer_bytes, storages, weight_bytes
 from bench.untouched import untouched
@@ -50,52 +51,65 @@ def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
     return _forward(model, run)[1]
 
 
-def _forward(model: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """The loss of `run()`, and the bytes that autograd keeps for its backward.
+def _forward(model: nn.Module, run: Callable[[], Tensor], away: Offload | None = None) -> tuple[Tensor, int, int]:
+    """The loss of `run()`, and the bytes that autograd keeps for its backward: here, and those that `away` keeps for it.
 
     Distinct storages alive at the end of the forward, each counted once and whole; those of the model's parameters and
     buffers are not counted. What a custom function keeps outside `save_for_backward` is not seen. Under gradient
     checkpointing this is what is kept between forward and backward, not what the recomputation needs.
     """
     own = {s._cdata for t in model_tensors(model) for s in storages(t)}
-    kept: dict[int, StorageWeakRef] = {}
+    here: dict[int, StorageWeakRef] = {}
+    there: dict[int, StorageWeakRef] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
-        for s in storages(tensor):
-            if s._cdata not in own:
-                kept[s._cdata] = StorageWeakRef(s)
-        return tensor
+    def pack(tensor: Tensor) -> Tensor | View:
+        packed = tensor if away is None else away.pack(tensor)
+        kept, place = (packed.copy.bytes, there) if isinstance(packed, View) else (packed, here)
+        place |= {s._cdata: StorageWeakRef(s) for s in storages(kept) if s._cdata not in own}
+        return packed
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, Offload.unpack):
         loss = run()
-    return loss, sum(_size(reference) for reference in kept.values() if not reference.expired())
+    return loss, _living(here), _living(there)
 
 
-def _size(reference: StorageWeakRef) -> int:
-    """Bytes of a living storage at this moment: none of a sharded weight that was whole during the forward alone."""
-    return torch.UntypedStorage._new_with_weak_ptr(reference.cdata).nbytes()
+def _living(references: dict[int, StorageWeakRef]) -> int:
+    """Bytes of storages that are still there: none of a sharded weight that was whole during the forward alone."""
+    found = (torch.UntypedStorage._new_with_weak_ptr(r.cdata) for r in references.values() if not r.expired())
+    return sum(storage.nbytes() for storage in found)
 
 
-def probe(model: nn.Module, batch: Batch, loss: Callable[[Batch], Tensor], *, backward: bool = True) -> dict[str, int]:
-    """FLOPs and activations of one batch: `forward` (the loss), `train_step` (with its backward), `activations`.
+def probe(
+    model: nn.Module,
+    batch: Batch,
+    loss: Callable[[Batch], Tensor],
+    *,
+    backward: bool = True,
+    offload: str = "none",
+) -> dict[str, int]:
+    """FLOPs of one batch, `forward` (the loss) and `train_step` (with its backward); bytes kept between: `activations`.
+
+    offload: as `train.offload`; the bytes that it keeps in the host's memory are `offloaded`, and no part of `activations`.
 
     One pass. Leaves no trace: parameters, gradients, buffers, modes and random states are as before, and optimizer hooks on
     gradients do not fire. `backward=False` is for methods that only ever call the loss: their step is a forward.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    activations = 0
+    activations = offloaded = 0
+    away = None if offload == "none" else Offload(model)
     with untouched(model):
         train_mode(model)
         with counting() as counter:
             if backward:
-                value, activations = _forward(model, lambda: loss(batch))
+                value, activations, offloaded = _forward(model, lambda: loss(batch), away)
             else:
                 with torch.no_grad():
                     loss(batch)
             forward = int(counter.get_total_flops())
             if backward:
                 torch.autograd.grad(value, trained, allow_unused=True)
-        return {"train_step": int(counter.get_total_flops()), "forward": forward, "activations": activations}
+        kept = {"activations": activations} | ({"offloaded": offloaded} if away else {})
+        return {"train_step": int(counter.get_total_flops()), "forward": forward} | kept
 
 
 def memory(
@@ -104,9 +118,13 @@ def memory(
     phases: Phases,
     *,
     activations: int,
+    offloaded: int | None = None,
     backward: bool = True,
 ) -> dict[str, int | None]:
-    """The record's `memory` in bytes, to be called after training. `peak` is the headline (see the module's docstring)."""
+    """The record's `memory` in bytes, to be called after training. `peak` is the headline (see the module's docstring).
+
+    `offloaded`, where the run does so, lies in the host's memory, and is no part of the headline.
+    """
     kinds: dict[str, int | None] = {
         "weights": weight_bytes(model),
         "gradients": gradient_bytes(model) if backward else 0,
@@ -118,6 +136,7 @@ def memory(
     return {
         **kinds,
         **peaks,
+        **({} if offloaded is None else {"offloaded": offloaded}),
         "peak": peaks["peak_train"] if phases.device.type == "cuda" else counted,
     }
 

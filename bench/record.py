@@ -120,6 +120,8 @@ def identity(config: dict[str, Any], data: dict[str, Any]) -> str:
     if kept.get("test") == "open":  # as before the test split could be locked
         del kept["test"]
     kept["train"] = {k: v for k, v in config["train"].items() if k != "checkpoint_seconds"}
+    if kept["train"].get("offload") == "none":  # as before anything could go to the host
+        del kept["train"]["offload"]
     if kept["train"].get("features") == "off":  # as before features could be kept
         del kept["train"]["features"]
     if kept["train"].get("padding") == "padded":  # as all batches were before they could be packed

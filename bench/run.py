@@ -136,7 +136,7 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Tracker, stop: Sto
             session = Session(record, config, ready, loop, costs, tracker, stop)
             session.resume()
             with fused.joined(ready, config, costs.phases):
-                scored = session.go(batches, cost["activations"])
+                scored = session.go(batches, cost)
         if distributed.place():
             return
         kept = counts(ready.model, ready.head)  # after training less may be left: a dropped MLP, pruned ranks
@@ -236,7 +236,7 @@ def _probe(ready: Prepared, loop: Loop, config: Config) -> dict[str, int]:
     devices = distributed.size()
     size = -(-config.train.batch_size // config.train.accumulate // devices)
     batch = to_device(longest(ready.encoded["train"], size), loop.device)
-    cost = measure.probe(ready.model, batch, loop.loss, backward=ready.method.backward)
+    cost = measure.probe(ready.model, batch, loop.loss, backward=ready.method.backward, offload=config.train.offload)
     return cost | {"size": elements(batch, packed=ready.packed), "devices": devices, "packed": ready.packed}
 
 

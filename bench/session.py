@@ -108,8 +108,11 @@ class Session:
         self.stop.owned()
         checkpoint.save(self.checkpoint, self.loop, {"costs": self.costs.state(), "history": self.record.history})
 
-    def go(self, batches: TrainBatches, activations: int) -> dict[str, Scored]:
-        """Train, select, finish; predictions and metrics of val, test and the other tasks' rows. Raises Interrupted, with a checkpoint."""
+    def go(self, batches: TrainBatches, cost: dict[str, int]) -> dict[str, Scored]:
+        """Train, select, finish; predictions and metrics of val, test and the other tasks' rows. Raises Interrupted, with a checkpoint.
+
+        cost: what `measure.probe` found.
+        """
         loop, method, record = self.loop, self.ready.method, self.record
         final = method.finishes  # the model changes shape: no checkpoint after that
         finished = False
@@ -123,7 +126,8 @@ class Session:
                     timer = self.costs.steps
                     train(loop, batches, evaluate=self.evaluate, timer=timer, log=self.note, tick=self.tick)
                 distributed.check_alike(trained_state(loop.model))
-                kinds: Any = {"activations": activations, "backward": method.backward}
+                kinds: Any = {k: cost[k] for k in ("activations", "offloaded") if k in cost}
+                kinds["backward"] = method.backward
                 record.memory = measure.memory(loop.model, loop.optimizer, self.costs.phases, **kinds)
                 distributed.mark(record)
                 record.selected_step = select(loop)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bench import distributed, fused
+from bench import distributed, fused, offload
 from bench.ledger import Claim, Claimed
 from bench.model import load_trained_state, trained_state
 from bench.prefix import train_mode
@@ -60,6 +60,7 @@ class Loop:
     """One training: model, method, optimizer and schedule, stepped until `steps`."""
 
     def __init__(self, model: nn.Module, method: Method, cfg: TrainConfig, *, steps: int, device: torch.device):
+        offload.check(cfg.offload, device)
         self.model, self.method, self.cfg, self.steps, self.device = model, method, cfg, steps, device
         lr = method.lr if cfg.lr is None else cfg.lr
         self.optimizer = method.optimizer(model, lr, cfg.weight_decay)
@@ -91,7 +92,8 @@ class Loop:
         total = torch.zeros((), device=self.device)
         with distributed.together(), distributed.own_draws(self.progress.step), in_step(self.model):
             for part, count in zip(parts, counts, strict=True):
-                loss = self.loss(part) * (count / everywhere)
+                with offload.keeping(self.model, self.cfg.offload):
+                    loss = self.loss(part) * (count / everywhere)
                 if torch.is_grad_enabled():  # a zeroth-order optimizer asks for the loss alone
                     (loss * self._scale).backward()
                     fused.backward()
