@@ -1,8 +1,10 @@
 """What the frozen prefix makes of each row, computed once per split and kept on disk: `train.features=auto`.
 
-From the first step on the prefix is not run: its first blocks return what they are given, its last the kept rows of the
-batch. The result is the same up to rounding in a batch of another shape (1e-6 of a loss in fp32); what a step, an
-evaluation and the whole run take is not, so the record keeps these numbers apart (`measure.mark_cached`).
+From the first step on the prefix is not run: its last block returns the kept rows of the batch, and so does each whose
+output a network beside it reads (`lst`: as many hidden states of every position as it has side blocks, one more for
+images); the others return what they are given. The result is the same up to rounding in a batch of another shape (1e-6
+of a loss in fp32); what a step, an evaluation and the whole run take is not, so the record keeps these numbers apart
+(`measure.mark_cached`).
 
 The cache is that of encoded text, with its folder, its bound and its checksums. A file is named by all that decides its
 content: rows and their encoding, weights and configuration, precision, device, versions.
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from bench.encoded_cache import capacity, digest, stored
 from bench.environment import environment
-from bench.features_compute import CHUNK, Computing, Plan
+from bench.features_compute import Computing, Plan
 from bench.lookup import NAME, Lookup
 from bench.storage import model_tensors, storages
 from bench.train import Stop
@@ -40,7 +42,10 @@ log = logging.getLogger("bench")
 
 
 class Features:
-    """The stored features of a split: for row i a (positions, width) tensor, or (width,) where `flat`."""
+    """The stored features of a split: for row i a (positions, width) tensor, or (width,) where `flat`.
+
+    `width` is that of all kept states together.
+    """
 
     def __init__(self, table: pa.Table):
         self.table = table
@@ -70,8 +75,9 @@ class Features:
         return zeros | json.loads(self.table["row"][i].as_py())
 
     def _bytes(self, i: int) -> Any:
-        offsets, values = self._chunks[i // CHUNK]
-        return values[offsets[i % CHUNK] : offsets[i % CHUNK + 1]]
+        chunk, k = divmod(i, self.plan.chunk)
+        offsets, values = self._chunks[chunk]
+        return values[offsets[k] : offsets[k + 1]]
 
 
 def use(ready: Prepared, config: Config, phases: Phases, stop: Stop) -> dict[str, Any] | None:
@@ -84,11 +90,13 @@ def use(ready: Prepared, config: Config, phases: Phases, stop: Stop) -> dict[str
     at = Computing(ready, Lookup(ready.model, ready.prefix), config, stop)
     plan = at.plan()
     if plan is None:
-        return _off(f"what is trained reads more than the output of {ready.prefix.names[-1]}")
+        ends = ", ".join(ready.prefix.names[k - 1] for k in ready.prefix.read if k)
+        return _off(f"what is trained reads more than the output of {ends}")
     splits = {s: e for s, e in ready.encoded.items() if s == "train" or e.task.collated}
     size = sum(plan.size(encoded) for encoded in splits.values())
+    about = f"{size / 1e9:.2f} GB, {len(plan.kept)} hidden states of {'the first' if plan.first else 'each'} position,"
     if size > capacity():
-        return _off(f"{size / 1e9:.2f} GB are more than PARETUNE_ENCODED_GB allows ({capacity() / 1e9:g})")
+        return _off(f"{about} are more than PARETUNE_ENCODED_GB allows ({capacity() / 1e9:g})")
     with phases(NAME):
         recipe = _recipe(ready, config, plan)
         tables = [stored(f"{NAME}-{recipe}-{e.key}", partial(at.reader, e, plan)) for e in splits.values()]
@@ -96,7 +104,9 @@ def use(ready: Prepared, config: Config, phases: Phases, stop: Stop) -> dict[str
         return _off("they cannot be written")
     for encoded, table in zip(splits.values(), tables, strict=True):
         encoded.features = Features(table)
-    return {"prefix": ready.prefix.names, "positions": "first" if plan.first else "all", "bytes": size}
+    log.info("features are kept: %s in place of frozen blocks", about)
+    positions = "first" if plan.first else "all"
+    return {"prefix": ready.prefix.names, "states": len(plan.kept), "positions": positions, "bytes": size}
 
 
 def _recipe(ready: Prepared, config: Config, plan: Plan) -> str:

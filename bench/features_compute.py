@@ -22,27 +22,38 @@ if TYPE_CHECKING:
     from bench.encoded import Encoded
     from bench.prepare import Prepared
 
-CHUNK = 512  # rows that are in memory at once
+CHUNK, MEMORY = 512, 2**28  # rows that are in memory at once, and about their bytes at most
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # relative; of a half precision 2e-2
 
 
 @dataclass
 class Plan:
-    """What is kept of each row: its first position or all, and as what."""
+    """What is kept of each row: which states, of its first position or all, and as what."""
 
     first: bool
     flat: bool
-    positions: int  # of an image
-    width: int
+    positions: int  # of an image, or of the longest row that was tried
+    kept: list[int]  # states of the prefix (`Prefix.read`)
+    width: int  # of all of them together
     dtype: str
     arrays: dict[str, list[int]]  # shapes of what is not made again: pixels
 
     def size(self, encoded: Encoded) -> int:
         """Bytes of a split's features."""
-        each = self.width * getattr(torch, self.dtype).itemsize
         if self.first or self.flat:
-            return len(encoded) * each
-        return sum((encoded.length(i) or self.positions) for i in range(len(encoded))) * each
+            return len(encoded) * self._each
+        return sum((encoded.length(i) or self.positions) for i in range(len(encoded))) * self._each
+
+    @property
+    def chunk(self) -> int:
+        """Rows that are in memory at once."""
+        row = self._each * (1 if self.first or self.flat else self.positions)
+        return max(1, min(CHUNK, MEMORY // row))
+
+    @property
+    def _each(self) -> int:
+        """Bytes of a position."""
+        return self.width * getattr(torch, self.dtype).itemsize
 
     def rows(self, hidden: Tensor, lengths: list[int]) -> list[Tensor]:
         """Of (batch, positions, width) the kept positions of each row; of (batch, width) each row."""
@@ -77,9 +88,15 @@ class Computing:
     def _plans(self, encoded: Encoded, i: int) -> list[Plan]:
         row = encoded[i]
         arrays = {name: list(value.shape) for name, value in row.items() if isinstance(value, np.ndarray)}
-        hidden = self._hidden(self._batch(encoded, [row]))
+        self.lookup.kept = [
+            k for k in self.lookup.prefix.read if k or arrays
+        ]  # text is embedded again, pixels are not there
+        states = self._states(self._batch(encoded, [row]))
+        if len({(s.shape, s.dtype) for s in states}) > 1:
+            return []
+        hidden = torch.cat(states, -1)
         dtype, positions = str(hidden.dtype).removeprefix("torch."), hidden.shape[1]
-        about: Any = dict(width=hidden.shape[-1], dtype=dtype, arrays=arrays)
+        about: Any = dict(kept=self.lookup.kept, width=hidden.shape[-1], dtype=dtype, arrays=arrays)
         if hidden.dim() == 2:
             return [Plan(first=False, flat=True, positions=1, **about)]
         if hidden.dim() != 3 or encoded.length(i) not in (0, positions):
@@ -100,15 +117,15 @@ class Computing:
         return True
 
     def reader(self, encoded: Encoded, plan: Plan) -> pa.RecordBatchReader:
-        """The features of all rows, in chunks of `CHUNK`."""
+        """The features of all rows, in chunks of `plan.chunk`."""
         import pyarrow as pa
 
         fields = [(NAME, pa.large_binary()), ("row", pa.large_string())]
         schema = pa.schema(fields, metadata={"plan": json.dumps(asdict(plan))})
 
         def chunks() -> Iterator[pa.RecordBatch]:
-            for start in range(0, len(encoded), CHUNK):
-                rows = range(start, min(start + CHUNK, len(encoded)))
+            for start in range(0, len(encoded), plan.chunk):
+                rows = range(start, min(start + plan.chunk, len(encoded)))
                 found = self._chunk(encoded, plan, sorted(rows, key=encoded.length))
                 yield pa.record_batch([list(column) for column in zip(*(found[i] for i in rows), strict=True)], schema)
 
@@ -130,8 +147,12 @@ class Computing:
     def _batch(self, encoded: Encoded, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         return to_device(encoded.task.collate(rows, encoded.processor), self.ready.device)
 
-    @torch.no_grad()
     def _hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        """The kept states, side by side."""
+        return torch.cat(self._states(batch), -1)
+
+    @torch.no_grad()
+    def _states(self, batch: dict[str, Tensor]) -> list[Tensor]:
         self.ready.model.eval()
         with autocast(self.precision, self.ready.device):
             return self.lookup.compute(batch)

@@ -1,4 +1,4 @@
-"""Stored hidden states in the place of the prefix that would compute them."""
+"""Stored hidden states in the place of the blocks that would compute them."""
 
 from __future__ import annotations
 
@@ -16,36 +16,47 @@ NAME = "features"  # of what a batch carries beside the model's inputs
 
 
 class Lookup:
-    """Puts the features that a call of the model is given in the place of what its prefix would compute."""
+    """Puts the features that a call of the model is given in the place of what its prefix would compute.
+
+    They are the states `kept` of the prefix (`Prefix.read`), side by side in the last dimension. A block whose output is
+    not among them returns what it is given.
+    """
 
     def __init__(self, model: nn.Module, prefix: Prefix):
         self.model, self.prefix = model, prefix
-        self.given: Tensor | None = None
-        self.read = self.stops = False
+        self.kept = prefix.read
+        self.given: dict[int, Tensor] | None = None  # states of the running call
+        self.found: dict[int, Tensor] | None = None  # while they are computed
+        self.read = False
         self.marks = self._marks()
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         model.register_forward_hook(self._end)
-        for k, module in enumerate(prefix.chain):
+        prefix.chain[0].register_forward_pre_hook(self._enter, prepend=True)
+        for k, module in enumerate(prefix.chain, 1):
             module.forward = partial(self._forward, k, module.forward)  # type: ignore[method-assign]
 
-    def compute(self, batch: Batch) -> Tensor:
-        """What the prefix makes of the batch; the rest of the network does not run."""
-        self.stops = True
+    def compute(self, batch: Batch) -> list[Tensor]:
+        """What the prefix makes of the batch, `kept` state by state; the rest of the network does not run."""
+        self.found = {}
         try:
             self.model(**{k: v for k, v in batch.items() if k != NAME})
-        except _Reached as end:
-            return end.hidden
+        except _Reached:
+            return [self.found[k] for k in self.kept]
         finally:
-            self.stops = False
+            self.found = None
         raise RuntimeError(f"{self.prefix.names[-1]} was not called: the model has changed since its prefix was found")
 
     def _marks(self) -> list[tuple[int, int]]:
         return [(p.data_ptr(), p._version) for m in self.prefix.below.values() for p in m.parameters()]
 
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self.given, self.read = kwargs.pop(NAME, None), False
-        if self.given is not None and self._marks() != self.marks:
+        features, self.read = kwargs.pop(NAME, None), False
+        self.given = None
+        if features is None:
+            return args, kwargs
+        if self._marks() != self.marks:
             raise RuntimeError("frozen weights were changed: their features no longer hold; use train.features=off")
+        self.given = dict(zip(self.kept, features.chunk(len(self.kept), -1), strict=True))
         return args, kwargs
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -53,18 +64,27 @@ class Lookup:
             raise RuntimeError(f"{self.prefix.names[-1]} was not called: use train.features=off")
         self.given = None
 
+    def _enter(self, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Forward pre-hook of the first block, before all others: state 0."""
+        if self.found is not None:
+            self.found[0] = args[0]
+        return (self.given[0], *args[1:]) if self.given and 0 in self.given else args
+
     def _forward(self, k: int, inner: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        last = k == len(self.prefix.chain) - 1
+        last = k == len(self.prefix.chain)
         if self.given is None:
             result = inner(hidden, *args, **kwargs)
-            if last and self.stops:
-                raise _Reached(as_rows(result[0] if isinstance(result, tuple) else result))
+            if self.found is not None:
+                if k in self.kept:
+                    self.found[k] = as_rows(result[0] if isinstance(result, tuple) else result)
+                if last:
+                    raise _Reached
             return result
         self.read |= last
-        value, rest = as_given(hidden, self.given) if last else hidden, self.prefix.rest[k]
+        value = as_given(hidden, self.given[k]) if k in self.given else hidden
+        rest = self.prefix.rest[k - 1]
         return value if rest is None else (value, *rest)
 
 
 class _Reached(Exception):
-    def __init__(self, hidden: Tensor):
-        self.hidden = hidden
+    """The prefix has ended."""

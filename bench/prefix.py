@@ -27,6 +27,7 @@ class Prefix:
     below: dict[str, nn.Module]  # by name; the outermost alone
     rest: list[tuple[None, ...] | None]  # what each of `chain` returns behind its hidden states; None: they stand alone
     names: list[str]  # of `chain`
+    read: list[int]  # states that something above it reads: 0 is what its first is given, k what its k-th returns
 
 
 @dataclass(eq=False)
@@ -64,7 +65,8 @@ def find(model: nn.Module, batch: Batch) -> Prefix | None:
     """The longest chain of frozen blocks from the first on, with the frozen norm and pooler behind the last; None without one.
 
     Nothing in it or before it is trained now or later (`trains`), replaced or hooked by the method, or called twice, and no
-    gradient reaches it. `batch`: any rows; one forward, which leaves no trace.
+    gradient reaches it. Hooks of a block that only read (`methods.base.reads`) say which states are read beside the last.
+    `batch`: any rows; one forward, which leaves no trace.
     """
     blocks = blocks_of(model)
     if not blocks or not _frozen(blocks[0]):
@@ -77,12 +79,21 @@ def find(model: nn.Module, batch: Batch) -> Prefix | None:
     names = {module: name for name, module in model.named_modules()}
     below, later = [names[c.module] for c in calls[:end]], {names[c.module] for c in calls[end:]}
     around = [model.get_submodule(name) for name in _ancestors(names[chain[-1].module])]
-    if later & set(below) or any(map(_hooked, around)) or not all(_frozen(c.module) for c in calls[:end]):
+    as_given = all(_only_read(m, m._forward_pre_hooks) for m in around)  # what they return comes after
+    chained = [c.module for c in chain]
+    unread = not any(any(_hooks(c.module)) for c in calls[:end] if c.module not in chained)
+    if later & set(below) or not (as_given and unread) or not all(_frozen(c.module) for c in calls[:end]):
         return None
     rest = [c.result[1:] if isinstance(c.result, tuple) else None for c in chain]
     outer = [n for n in dict.fromkeys(below) if not set(_ancestors(n)) & set(below)]
-    chained = [c.module for c in chain]
-    return Prefix(chained, {n: model.get_submodule(n) for n in outer}, rest, [names[m] for m in chained])
+    modules = {n: model.get_submodule(n) for n in outer}
+    return Prefix(chained, modules, rest, [names[m] for m in chained], _read(chained))
+
+
+def _read(chain: list[nn.Module]) -> list[int]:
+    """The states that hooks read, and the last."""
+    before, after = [m._forward_pre_hooks for m in chain], [m._forward_hooks for m in chain]
+    return [k for k in range(len(chain)) if before[k] or (k and after[k - 1])] + [len(chain)]
 
 
 def _ancestors(name: str) -> list[str]:
@@ -144,9 +155,14 @@ def _follows(chain: list[Call], call: Call) -> bool:
 def _frozen(module: nn.Module) -> bool:
     """Whether the module is as pretrained and stays so."""
     inside = list(module.modules())
-    changed = any(isinstance(m, Adapted | Added) or _hooked(m) for m in inside)
+    changed = any(isinstance(m, Adapted | Added) or not _only_read(m, *_hooks(m)) for m in inside)
     return not changed and not any(trains(p) for p in module.parameters())
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    return module._forward_pre_hooks, module._forward_hooks
+
+
+def _only_read(module: nn.Module, *hooks: dict[int, Any]) -> bool:
+    """Whether the module runs as it was written, and these hooks of it only read."""
+    return "forward" not in vars(module) and all(getattr(h, "reads", False) for own in hooks for h in own.values())

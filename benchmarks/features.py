@@ -1,11 +1,13 @@
 """Epochs on kept features against epochs that run the frozen blocks again, in one process and in turn.
 
-python -m benchmarks.features [--rounds 5] [--rows 256]
+python -m benchmarks.features [--rounds 5] [--rows 256] [--method lst]
 
 Each line is one method on one random model: seconds of an epoch of training with the scoring of val after it, without
 features (`again`), with them (`kept`), the seconds to compute them once (`once`), and the ratios again / kept and
-(once + kept) / again, that of the first epoch; medians of `--rounds`, but `once` of one computation, of the test rows too. The floor of `kept` is what is trained, so that a
-method that trains the upper half of the blocks gains no more than their half. Goal: 10x where only the head is trained.
+(once + kept) / again, that of the first epoch; medians of `--rounds`, but `once` of one computation, of the test rows too.
+`FLOPs` is again / kept in counted FLOPs, what the ratio of seconds would be if a FLOP took the same everywhere: what is
+trained is computed in both, so that a method that trains the upper half of the blocks gains no more than their half, and
+`lst` no more than its side network leaves. Goal: 10x where only the head is trained.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 from bench import features, random_models
 from bench.clock import Phases
 from bench.config import Config, compose
+from bench.flops import flops
 from bench.prepare import find_device, prepare
 from bench.train import Loop, Stop
 
@@ -36,7 +39,14 @@ CELLS = (
     ("linear_probe", "llama", "sst2"),
     ("linear_probe", "vit", "cifar10"),
     ("telly", "bert", "sst2"),
+    ("lst", "bert", "sst2"),
+    ("lst", "llama", "sst2"),
+    ("lst", "vit", "cifar10"),
 )
+OPTIONS = {
+    "telly": ["method.blocks=3"],
+    "lst": ["method.start=random"],
+}  # how a side network starts costs no epoch more
 
 
 class Epochs:
@@ -64,35 +74,38 @@ def cell(method: str, model: str, task: str, args: Any) -> dict[str, Any]:
     """The medians of one line. Raises RuntimeError where no features could be kept."""
     limit = f"task.limit={{train: {args.rows}, val: {args.rows // 4}, test: 8}}"
     words = [f"method={method}", f"task={task}", f"model.path=random:{model}", "data=standin", "wandb=off", limit]
-    more = ["method.blocks=3"] if method == "telly" else []
-    config = compose([*words, *more])
+    config = compose([*words, *OPTIONS.get(method, [])])
     again, kept = Epochs(config, kept=False), Epochs(config, kept=True)
     if kept.found is None:
         raise RuntimeError(f"{method} {model}: no features were kept")
     seconds = [(again(), kept()) for _ in range(args.rounds + 1)][1:]  # the first warms up
     a, k = (statistics.median(column) for column in zip(*seconds, strict=True))
-    found = dict(again=a, kept=k, once=kept.once, ratio=a / k, first=(kept.once + k) / a)
-    return dict(cell=f"{method} {model}", **found, positions=kept.found["positions"])
+    counted = flops(again) / flops(kept)
+    found = dict(again=a, kept=k, once=kept.once, ratio=a / k, first=(kept.once + k) / a, flops=counted)
+    states = f"{kept.found['states']} x {kept.found['positions']} positions, {kept.found['bytes'] / 1e6:.1f} MB"
+    return dict(cell=f"{method} {model}", **found, kept_states=states)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--method", help="its lines alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for kind, sizes in BIG.items():
         random_models.RANDOM[kind] |= sizes
-    print(f"{'':20} {'again s':>8} {'kept s':>8} {'once s':>8} {'again/kept':>10} {'first epoch':>11}  positions")
-    for words in CELLS:
+    print(
+        f"{'':20} {'again s':>8} {'kept s':>8} {'once s':>8} {'again/kept':>10} {'first epoch':>11} {'FLOPs':>9}  kept"
+    )
+    for words in CELLS if args.method is None else [c for c in CELLS if c[0] == args.method]:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["PARETUNE_CACHE"] = folder
             line = cell(*words, args)
-        values = (
-            f"{line['again']:8.3f} {line['kept']:8.3f} {line['once']:8.3f} {line['ratio']:9.1f}x {line['first']:10.2f}x"
-        )
+        seconds = " ".join(f"{line[name]:8.3f}" for name in ("again", "kept", "once"))
+        values = f"{seconds} {line['ratio']:9.1f}x {line['first']:10.2f}x {line['flops']:8.1f}x"
         goal = f" goal {GOAL:.0f}x {'met' if line['ratio'] >= GOAL else 'missed'}" if words[0] == "linear_probe" else ""
-        print(f"{line['cell']:20} {values}  {line['positions']}{goal}")
+        print(f"{line['cell']:20} {values}  {line['kept_states']}{goal}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from methods.architectures import role
 Batch = dict[str, Tensor]
 METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 class Unsupported(Exception):
@@ -43,6 +44,7 @@ class Method:
     untrained: ClassVar[bool] = False  # True: nothing is trained, a run goes straight to scoring
     backward: ClassVar[bool] = True  # False: its optimizer asks for losses alone, so that no gradient is ever computed
     parallel: ClassVar[bool] = True  # False: it keeps of single rows what cannot be added up over several devices
+    shardable: ClassVar[bool] = False  # True: AdamW alone looks at what it trains, so that shard=true shares that out
 
     def apply(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         """Return the model to train, with `requires_grad` on exactly what is trained.
@@ -205,6 +207,15 @@ def placement(base: nn.Module) -> dict[str, Any]:
     """`device` and `dtype` of what is trained beside `base`; the rule of `new_parameter`."""
     like = next(base.parameters())
     return {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+
+
+def reads(hook: Hook) -> Hook:
+    """Mark a hook of a frozen block, which reads what the block is given or returns and changes no value of it.
+
+    The block remains one whose outputs may be kept instead of computed again: see `bench/prefix.py`.
+    """
+    hook.reads = True  # type: ignore[attr-defined]
+    return hook
 
 
 def adapt_linears(model: nn.Module, targets: str, adapt: Callable[[nn.Linear], Adapted]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from methods.base import Added, Unsupported, new_parameter, placement
+from methods.base import Added, Unsupported, new_parameter, placement, reads
 
 if TYPE_CHECKING:
     from methods.lst import LST
@@ -20,7 +20,8 @@ NORMS = ("norm", "ln_f", "layernorm", "final_layer_norm")  # of a backbone, afte
 class Ladder(Added):
     """Side blocks of width d / k: h_s <- Block(mu h_s + (1 - mu) Down(h)), mu = sigmoid(alpha / T), h the backbone's.
 
-    The backbone runs first and whole, while its layers' inputs and outputs are noted down; the rest happens in `climb`.
+    The backbone runs first and whole, while what its first layer is given and what those beside a side block return is
+    noted down; the rest happens in `climb`.
     """
 
     def __init__(self, stack: Any, layers: list[Any], method: LST):
@@ -42,7 +43,7 @@ class Ladder(Added):
         self.apply(stack._init_weights)
         self.to(**placement(like))
         self.gates = new_parameter(like, len(self.rungs))
-        self.temperature = method.temperature
+        self.temperature, self.depth = method.temperature, len(layers)
         self.notes: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
 
     def block(self, layer: Any, config: Any, index: int) -> Any:
@@ -53,19 +54,25 @@ class Ladder(Added):
             return type(layer)(config)
 
     def attach(self, stack: Any, layers: list[Any], container: nn.Module) -> None:
-        """Hook it to the backbone: to the input of its first layer, the output of every one, and what ends it."""
-        layers[0].register_forward_pre_hook(self.begin)
-        for layer in layers:
-            layer.register_forward_hook(self.note, with_kwargs=True)
+        """Hook it to the backbone: to what its layers are given and return, and to what ends it."""
+        self.watch(layers)
         (last_norm(stack) or container).register_forward_hook(self.finish)
 
+    def watch(self, layers: list[Any]) -> None:
+        """Hook it to the input of the first layer, and to the output of each that has a side block."""
+        layers[0].register_forward_pre_hook(self.begin)
+        for i in self.rungs:
+            layers[i].register_forward_hook(self.note, with_kwargs=True)
+
+    @reads
     def begin(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Forward pre-hook of the first layer: whatever made its input, no gradient passes it."""
         self.notes = [((), {}, inputs[0].detach())]
         return (self.notes[0][2], *inputs[1:])
 
+    @reads
     def note(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook of every layer."""
+        """Forward hook of a layer."""
         self.notes.append((args[1:], kwargs, output[0] if isinstance(output, tuple) else output))
 
     def finish(self, module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -81,12 +88,12 @@ class Ladder(Added):
 
     def side(self) -> Tensor:
         """h_s of the side network on what was noted down, (..., d / k)."""
-        notes, self.notes, dtype = self.notes, [], self.first.weight.dtype
-        h = self.first(notes[0][2].to(dtype))
+        ((_, _, below), *notes), self.notes, dtype = self.notes, [], self.first.weight.dtype
+        h = self.first(below.to(dtype))
         mu = torch.sigmoid(self.gates / self.temperature)
-        for i, rung, down, layer in zip(range(len(mu)), self.rungs, self.downs, self.blocks, strict=True):
-            args, kwargs, below = notes[1 + rung]
-            lengthen_cache((*args, *kwargs.values()), len(notes) - 1 + rung)
+        steps = zip(range(len(mu)), self.rungs, notes, self.downs, self.blocks, strict=True)
+        for i, rung, (args, kwargs, below), down, layer in steps:
+            lengthen_cache((*args, *kwargs.values()), self.depth + rung)
             h = mu[i] * h + (1 - mu[i]) * down(below.to(dtype))
             h = self.run(layer, h, args, kwargs)
         return h if self.norm is None else self.norm(h)
@@ -118,9 +125,7 @@ class T5Ladder(Ladder):
         return type(layer)(config, has_relative_attention_bias=index == self.rungs[0], layer_idx=index)
 
     def attach(self, stack: Any, layers: list[Any], container: nn.Module) -> None:
-        layers[0].register_forward_pre_hook(self.begin)
-        for layer in layers:
-            layer.register_forward_hook(self.note, with_kwargs=True)
+        self.watch(layers)
         stack.register_forward_pre_hook(self.part, with_kwargs=True)
         stack.register_forward_hook(self.finish)
 

@@ -22,9 +22,14 @@ from bench.record import Record, identity
 from bench.run import run
 from bench.train import Loop, Stop
 from methods import METHODS
+from methods.base import reads
 
 CPU = torch.device("cpu")
 TASKS = {"vit": "digits", "llama": "sst2", "bert": "sst2"}
+OPTIONS = {
+    "telly": ["method.blocks=1"],
+    "lst": ["method.reduction=2", "method.drop=0", "method.fisher_samples=4", "train.lr=0.01"],
+}
 DROPOUT = dict(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
 
 
@@ -44,7 +49,13 @@ def dropout(monkeypatch):
 def config(tmp_path, *overrides, model="bert", method="linear_probe", kept="auto"):
     fixed = [f"task={TASKS.get(model, 'sst2')}", "data=standin", "wandb=off", "isolate=false", "train.batch_size=8"]
     rows = "task.limit={train: 30, val: 12, test: 12}"
-    chosen = [f"method={method}", f"model.path=random:{model}", f"train.features={kept}", f"results={tmp_path / kept}"]
+    chosen = [
+        f"method={method}",
+        *OPTIONS.get(method, []),
+        f"model.path=random:{model}",
+        f"train.features={kept}",
+        f"results={tmp_path / kept}",
+    ]
     return compose([*fixed, rows, *chosen, *overrides])
 
 
@@ -72,13 +83,23 @@ def assert_same(plain, kept):
     assert (before["score"] - after["score"]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("method, model", [(m, k) for m in ("linear_probe", "telly") for k in TASKS])
+@pytest.mark.parametrize("method, model", [(m, k) for m in ("linear_probe", "telly", "lst") for k in TASKS])
 def test_a_run_on_kept_features_is_the_same_run(method, model, tmp_path, dropout):
-    plain, kept = pair(tmp_path, *(["method.blocks=1"] if method == "telly" else []), model=model, method=method)
+    plain, kept = pair(tmp_path, model=model, method=method)
     assert_same(plain, kept)
     assert plain[0].data.get("features") is None and len(files()) == 3
-    assert kept[0].data["features"]["prefix"]
+    assert kept[0].data["features"]["states"] == (1 if method != "lst" else 3 if model == "vit" else 2)
     assert kept[0].model_source["evaluation_mode"] == plain[0].model_source["evaluation_mode"] != []
+
+
+@pytest.mark.parametrize("model", ["distilbert", "gpt2", "deit"])
+def test_a_ladder_beside_other_architectures(model, tmp_path):
+    """One side block, beside the second of the blocks."""
+    options = ["train.epochs=2", "method.drop=2", *(["task=digits"] if model == "deit" else [])]
+    plain, kept = pair(tmp_path, *options, model=model, method="lst")
+    assert_same(plain, kept)
+    states = 2 if model == "deit" else 1  # pixels are not kept: what is made of them is
+    assert kept[0].data["features"] | {"states": states, "positions": "all"} == kept[0].data["features"]
 
 
 @pytest.mark.parametrize("model", ["roberta", "deberta", "distilbert", "qwen2", "gpt2"])
@@ -88,8 +109,9 @@ def test_other_architectures(model, tmp_path):
     assert kept[0].data["features"]["positions"] == ("all" if model in ("qwen2", "gpt2") else "first")
 
 
-def test_generation_trains_on_kept_features_and_scores_without(tmp_path):
-    plain, kept = pair(tmp_path, "task=gsm8k_brief", "method.blocks=1", "train.epochs=2", model="llama", method="telly")
+@pytest.mark.parametrize("method", ["telly", "lst"])
+def test_generation_trains_on_kept_features_and_scores_without(method, tmp_path):
+    plain, kept = pair(tmp_path, "task=gsm8k_brief", "train.epochs=2", model="llama", method=method)
     assert_same(plain, kept)
     assert len(files()) == 1  # of train
 
@@ -101,8 +123,9 @@ def test_accumulation_and_half_precision(tmp_path):
     assert kept[0].data["features"] and plain[1]["prediction"].equals(kept[1]["prediction"])
 
 
-def test_the_prefix_does_not_run_on_kept_features(tmp_path, monkeypatch):
-    ready, _ = ready_with_features(tmp_path)
+@pytest.mark.parametrize("method", ["linear_probe", "lst"])
+def test_the_prefix_does_not_run_on_kept_features(method, tmp_path):
+    ready, _ = ready_with_features(tmp_path, method=method)
     runs = []
     for block in ready.model.bert.encoder.layer:
         block.attention.register_forward_hook(lambda *_: runs.append(1))
@@ -163,7 +186,6 @@ BELOW = (
     "houlsby",
     "prefix_tuning",
     "prompt_tuning",
-    "lst",
     "lisa",
     "hft",
     "ia3",
@@ -206,11 +228,16 @@ def let_a_block_rest(model):
         p.resting = True
 
 
+def hook_and_read_inside_a_block(model):
+    model.bert.encoder.layer[0].attention.register_forward_hook(reads(lambda m, a, o: None))
+
+
 def use_a_block_twice(model):
     model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
 
 
 CHANGES = (train_embeddings, hook_a_block, hook_the_model, override_a_forward, let_a_block_rest, use_a_block_twice)
+CHANGES += (hook_and_read_inside_a_block,)
 
 
 def test_nothing_is_frozen_that_a_method_may_touch():
@@ -220,6 +247,26 @@ def test_nothing_is_frozen_that_a_method_may_touch():
         changed = copy.deepcopy(model)
         change(changed)
         assert find(changed, batch_of(model)) is None, change.__name__
+
+
+def test_hooks_that_only_read_a_block_say_what_is_read():
+    model = random_model("bert")
+    blocks = model.bert.encoder.layer
+    assert find(model, batch_of(model)).read == [3]  # of two blocks and the pooler
+    blocks[1].register_forward_pre_hook(reads(lambda m, a: None))
+    assert find(model, batch_of(model)).read == [1, 3]
+    blocks[0].register_forward_pre_hook(reads(lambda m, a: None))
+    blocks[1].register_forward_hook(reads(lambda m, a, o: None))
+    assert find(model, batch_of(model)).read == [0, 1, 2, 3]
+
+
+def test_a_ladder_beside_an_encoder_and_a_decoder_has_no_prefix():
+    """Blocks of T5 return more than hidden states, and those of its two stacks have positions of their own."""
+    model = random_model("t5")
+    batch = batch_of(model)
+    batch["labels"] = batch["input_ids"]
+    model = METHODS["lst"](reduction=2, fisher_samples=2).apply(model, iter([batch] * 2))
+    assert find(model, batch) is None
 
 
 def test_finding_leaves_no_trace():
@@ -390,6 +437,6 @@ def test_lookup_restores_what_the_prefix_returns(tmp_path):
     model = random_model("deberta")
     batch = batch_of(model)
     lookup = Lookup(model.eval(), find(model, batch))
-    hidden, expected = lookup.compute(batch), model(**batch).logits
+    (hidden,), expected = lookup.compute(batch), model(**batch).logits
     assert torch.equal(model(**batch, features=hidden).logits, expected)
     assert not torch.equal(model(**batch, features=hidden + 1).logits, expected)
