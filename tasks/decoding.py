@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REFILL = 0.75  # new prompts join once the batch is no fuller than this share: each prefill costs a forward of its own
+ALIKE = (
+    0.8  # of the longest prompt: shorter ones are read in a forward of their own, as padding costs as much as tokens
+)
 
 
 @dataclass
@@ -46,20 +49,21 @@ class Decoding:
         plain = all(type(layer).__name__ == "RoomyLayer" for layer in self.cache.layers)
         return plain and self.cache.get_seq_length() == self.mask.shape[1]
 
-    def joined(self, other: Decoding) -> Decoding:
-        """These rows and those of `other`, the shorter side padded in front."""
+    def joined(self, others: list[Decoding]) -> Decoding:
+        """These rows and those of `others`, the shorter ones padded in front."""
         import torch
         from torch.nn.functional import pad as fill
 
-        width = max(self.mask.shape[1], other.mask.shape[1])
+        sides = [self, *others]
+        width = max(side.mask.shape[1] for side in sides)
 
-        def stacked(a: Tensor, b: Tensor) -> Tensor:
-            return torch.cat([fill(t, (0, 0, width - t.shape[-2], 0)) for t in (a, b)])
+        def stacked(parts: list[Tensor]) -> Tensor:
+            return torch.cat([fill(t, (0, 0, width - t.shape[-2], 0)) for t in parts])
 
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            mine.keys, mine.values = stacked(mine.keys, theirs.keys), stacked(mine.values, theirs.values)
-        self.mask = stacked(self.mask[..., None], other.mask[..., None])[..., 0]
-        self.rows, self.new = self.rows + other.rows, self.new + other.new
+        for layers in zip(*(side.cache.layers for side in sides), strict=True):
+            layers[0].keys, layers[0].values = stacked([c.keys for c in layers]), stacked([c.values for c in layers])
+        self.mask = stacked([side.mask[..., None] for side in sides])[..., 0]
+        self.rows, self.new = [r for side in sides for r in side.rows], [n for side in sides for n in side.new]
         return self
 
     def keep(self, places: list[int]) -> None:
@@ -103,7 +107,7 @@ def greedy(model: Any, prompts: Iterable[list[list[int]]], limits: Limits) -> li
             free = len(first) - (len(active.rows) if active else 0)
             if fresh := dict(islice(waiting, free)):
                 started = _start(model, fresh, limits)
-                active = started.joined(active) if active else started
+                active = started.joined([active]) if active else started
         if active is None:
             return [found[row] for row in sorted(found)]
         found |= active.finished(limits)
@@ -128,7 +132,27 @@ def generate(model: Any, prompts: Iterable[list[list[int]]], limits: Limits) -> 
 
 
 def _start(model: Any, prompts: dict[int, list[int]], limits: Limits) -> Decoding:
-    """Read the prompts, padded in front, and decode the first token of each."""
+    """Read the prompts, those of about one length together, and decode the first token of each."""
+    groups = _alike(prompts)
+    first = _read(model, groups[0], limits)
+    if len(groups) > 1 and not first.mergeable():
+        return _read(model, prompts, limits)
+    return first.joined([_read(model, group, limits) for group in groups[1:]]) if len(groups) > 1 else first
+
+
+def _alike(prompts: dict[int, list[int]]) -> list[dict[int, list[int]]]:
+    """The prompts, longest first, in groups none of which is less than `ALIKE` as long as its longest."""
+    groups: list[dict[int, list[int]]] = []
+    longest = 0
+    for row, prompt in sorted(prompts.items(), key=lambda item: -len(item[1])):
+        if not groups or len(prompt) < ALIKE * longest:
+            groups.append({})
+            longest = len(prompt)
+        groups[-1][row] = prompt
+    return groups
+
+
+def _read(model: Any, prompts: dict[int, list[int]], limits: Limits) -> Decoding:
     from tasks.kv_cache import with_room
 
     ids, mask = _padded(model, list(prompts.values()), limits)
