@@ -65,7 +65,10 @@ BENCHMARKS: dict[str, tuple[str, list[Goal]]] = {  # module: its options here, i
     ),
     "features": (
         "--rounds 3 --rows 128",
-        [Goal("linear probe: an epoch over one on kept features", rf"^linear_probe bert .* {NUMBER}x .*x ", ">= 10")],
+        [
+            Goal(f"{method}: an epoch over one on kept features", rf"^{method} bert(?: +[\d.]+){{3}} +{NUMBER}x", ">= 10")
+            for method in ("linear_probe", "lst")
+        ],
     ),
     "training": (
         "--rows 2000 --rounds 1",

@@ -32,8 +32,8 @@ class LST(Method):
     the backbone's width, goes to the backbone's own head.
 
     mu weighs the side's state as in the official code, where the paper's weighs the backbone's: the same functions with
-    alpha of the other sign. The backbone's final norm is replaced by a narrow one, as there. `start` is that of the side
-    blocks; see `pruned_start.py`.
+    alpha of the other sign. The backbone's final norm is replaced by a narrow one, as there; its dropout is off in training
+    (`bench/prefix.py`), but for T5's. `start` is that of the side blocks; see `pruned_start.py`.
     """
 
     lr: ClassVar[float] = 3e-3  # official script for T5-base
