@@ -12,13 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench import distributed
 from bench.model import load_trained_state, trained_state
+from bench.parts import like, parted, whole
 from bench.record import replacing
 from bench.train import Loop, Progress
 
 
 def save(path: Path, loop: Loop, extra: dict[str, Any]) -> None:
-    """Write model, optimizer, schedule, progress, random states and `extra` (plain values) atomically to `path`."""
+    """Write model, optimizer, schedule, progress, random states and `extra` (plain values) atomically to `path`.
+
+    One rank writes, but each must take part: for what is shared out.
+    """
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -34,6 +39,8 @@ def save(path: Path, loop: Loop, extra: dict[str, Any]) -> None:
         },
         tensors,
     )
+    if distributed.rank():
+        return
     with replacing(path) as part:
         save_file(tensors, str(part), metadata={"values": json.dumps(values)})
 
@@ -47,11 +54,21 @@ def load(path: Path, loop: Loop) -> dict[str, Any]:
     loop.method.load_state(loop.model, values["method"])
     with torch.no_grad():
         load_trained_state(loop.model, values["model"])
-    loop.optimizer.load_state_dict(values["optimizer"])
+    loop.optimizer.load_state_dict(_shared_out(values["optimizer"], loop.optimizer))
     loop.schedule.load_state_dict(values["schedule"])
     loop.progress = Progress(**values["progress"])
     set_random_state(values["random"])
     return values["extra"]
+
+
+def _shared_out(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state, in the parts that its parameters have."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in [(i, p) for i, p in enumerate(parameters) if parted(p)]:
+        for name, value in state["state"].get(i, {}).items():
+            if value.shape == p.shape:
+                state["state"][i][name] = like(value, p)
+    return state
 
 
 def random_state() -> dict[str, Any]:
@@ -79,7 +96,9 @@ def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON, its tensors moved to `tensors` and replaced by their key."""
     if isinstance(value, Tensor):
         key = str(len(tensors))
-        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+        value = whole(value.detach())
+        if not distributed.rank():
+            tensors[key] = value.to("cpu", copy=True).contiguous()
         return {"tensor": key}
     if isinstance(value, dict):
         return {"dict": [[_flatten(k, tensors), _flatten(v, tensors)] for k, v in value.items()]}

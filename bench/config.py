@@ -94,9 +94,7 @@ class Config:
     force: bool = False  # run again what is done
     isolate: bool | str = "auto"  # a process for each run, whose peak of memory is its alone; auto: true on a GPU
     cells_per_gpu: int = 1  # isolated runs that share a GPU
-    shard: bool = (
-        False  # under torchrun: frozen weights shared out over its devices, for models too large for one of them
-    )
+    shard: bool = False  # under torchrun: weights shared out over its devices, for models too large for one of them
     lease: float = 120.0  # seconds without a sign of life after which another worker takes a run over
     name: str | None = None  # of the experiment: groups runs in tables and in W&B
     wandb: str = "auto"  # auto: online where a key exists, else offline; online, offline, off

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -191,7 +191,7 @@ def add_up(tensors: Sequence[Tensor]) -> None:
 
 def add_up_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     """Gradients over all rows of the batch: zero where a rank had none, and none where no rank had any."""
-    if size() == 1:
+    if size() == 1 or not parameters:
         return
     has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64)
     dist.all_reduce(has)
@@ -228,10 +228,10 @@ def mark(record: Any) -> None:
     record.memory["peak"] = max((p for p in peaks if p is not None), default=None)
 
 
-def check_alike(state: dict[str, Tensor]) -> None:
+def check_alike(parameters: Iterable[Tensor]) -> None:
     """Raise RuntimeError unless all ranks have trained the same parameters."""
     if size() == 1:
         return
-    sums = json.dumps([float(t.double().sum()) for t in state.values()])
+    sums = json.dumps([float(p.detach().double().sum()) for p in parameters])
     if len(set(collectives.gather(sums.encode()))) > 1:
         raise RuntimeError(f"after training the parameters of the {size()} ranks differ; run it in one process")

@@ -19,6 +19,7 @@ from bench.clock import Phases, StepTimer, times
 from bench.environment import Energy, environment
 from bench.flops import counting, flops
 from bench.offload import Offload, View
+from bench.parts import parted
 from bench.prefix import train_mode
 from bench.storage import gradient_bytes, model_tensors, optimizer_bytes, storages, weight_bytes
 from bench.untouched import untouched
@@ -107,7 +108,10 @@ def probe(
                     loss(batch)
             forward = int(counter.get_total_flops())
             if backward:
-                torch.autograd.grad(value, trained, allow_unused=True)
+                if any(map(parted, trained)):  # their gradients come by hooks of their modules
+                    value.backward()
+                else:
+                    torch.autograd.grad(value, trained, allow_unused=True)
         kept = {"activations": activations} | ({"offloaded": offloaded} if away else {})
         return {"train_step": int(counter.get_total_flops()), "forward": forward} | kept
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.imports import uncollected
+from bench.parts import like, local, whole
 from methods.base import Adapted, Added, trains
 
 if TYPE_CHECKING:
@@ -70,23 +71,29 @@ def freeze(model: nn.Module, head: tuple[str, ...]) -> None:
         p.requires_grad_(name.startswith(head) if head else False)
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, head included, by name."""
+    return {n: p for n, p in model.named_parameters() if trains(p)}
+
+
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint must hold to rebuild the model from the pretrained weights: trained parameters, head included."""
-    return {n: p.detach() for n, p in model.named_parameters() if trains(p)}
+    """What a checkpoint must hold to rebuild the model from the pretrained weights: the values of what is trained.
+
+    Of what is shared out, in the machine's memory, and each rank must ask.
+    """
+    return {n: whole(p.detach()) for n, p in trained_parameters(model).items()}
 
 
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put a saved `trained_state` back. Raises ValueError naming the parameters that do not fit."""
-    own = trained_state(model)
+    own = trained_parameters(model)
     if own.keys() != state.keys():
         raise ValueError(f"the saved state does not fit this model: {sorted(own.keys() ^ state.keys())[:5]} differ")
     for name, tensor in state.items():
-        owner, _, last = name.rpartition(".")
-        layer = model.get_submodule(owner)
-        if own[name].shape != tensor.shape and getattr(layer, "elastic", False):
-            p = getattr(layer, last)
-            own[name] = p.data = torch.empty(tensor.shape, dtype=p.dtype, device=p.device)
-        own[name].copy_(tensor)
+        p, layer = own[name], model.get_submodule(name.rpartition(".")[0])
+        if p.shape != tensor.shape and getattr(layer, "elastic", False):
+            p.data = torch.empty(tensor.shape, dtype=p.dtype, device=p.device)
+        local(p.detach()).copy_(local(like(tensor, p)))
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -121,13 +128,12 @@ def merge(model: nn.Module) -> None:
 
 def counts(model: nn.Module, head: set[int]) -> dict[str, int]:
     """Parameters of the method and of the head (`head`: ids of its parameters), apart; stored and total, with bytes."""
-    trained = [p for p in model.parameters() if trains(p)]
-    state = trained_state(model).values()
+    trained = trained_parameters(model).values()
     return dict(
         trained_params=sum(p.numel() for p in trained if id(p) not in head),
         head_params=sum(p.numel() for p in trained if id(p) in head),
-        stored_params=sum(t.numel() for t in state),
-        stored_bytes=sum(t.numel() * t.element_size() for t in state),
+        stored_params=sum(p.numel() for p in trained),
+        stored_bytes=sum(p.numel() * p.element_size() for p in trained),
         total_params=sum(
             getattr(p, "stands_for", p.numel()) for p in model.parameters()
         ),  # packed: what they stand for

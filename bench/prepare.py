@@ -103,7 +103,7 @@ def prepare(config: Config, rows: Rows, device: torch.device) -> Prepared:
         ready.prefix = keep_evaluating(ready.model, to_device(ready.few(), home))
         ready.source["evaluation_mode"] = list(ready.prefix.below) if ready.prefix else []
     if shards(config):
-        shard(ready.model, device, ready.few())
+        shard(ready)
     choose_padding(ready, config)
     return ready
 

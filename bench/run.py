@@ -129,14 +129,14 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Tracker, stop: Sto
                 batches = ready.train_batches(config)
                 record.model_source = ready.source
                 loop = Loop(ready.model, ready.method, config.train, steps=_steps(config, batches), device=device)
-                for key, value in counts(ready.model, ready.head).items():
-                    setattr(record, key, value)
+                vars(record).update(counts(ready.model, ready.head))
                 cost = _probe(ready, loop, config)
             seed_everything(config.seed)
             session = Session(record, config, ready, loop, costs, tracker, stop)
             session.resume()
             with fused.joined(ready, config, costs.phases):
                 scored = session.go(batches, cost)
+            state = trained_state(ready.model)
         if distributed.place():
             return
         kept = counts(ready.model, ready.head)  # after training less may be left: a dropped MLP, pruned ranks
@@ -152,19 +152,19 @@ def _run(record: Record, config: Config, rows: Rows, tracker: Tracker, stop: Sto
         record.flops = _flops(cost, loop, batches, config)
         record.data["truncated"] = {split: encoded.truncated for split, encoded in ready.encoded.items()}
         stop.owned()
-        save_results(session.folder, {split: table for split, (table, _) in scored.items()}, ready, config)
+        save_results(session.folder, {split: table for split, (table, _) in scored.items()}, state, config)
         if config.spectra or config.forgetting:
-            _look_inside(record, config, rows, ready)
+            _look_inside(record, config, rows, ready, state)
         session.checkpoint.unlink(missing_ok=True)
 
 
-def _look_inside(record: Record, config: Config, rows: Rows, ready: Prepared) -> None:
+def _look_inside(record: Record, config: Config, rows: Rows, ready: Prepared, state: dict[str, torch.Tensor]) -> None:
     """What the training did to the weights and to what they knew; of shared-out weights on a model rebuilt in the machine's memory."""
     model = ready.model
     if config.shard:
         from bench.evaluate import trained
 
-        model = trained(dataclasses.replace(config, device="cpu"), rows, trained_state(model)).model
+        model = trained(dataclasses.replace(config, device="cpu"), rows, state).model
     if config.spectra:
         from analysis.spectra_runs import of_run
 
@@ -175,18 +175,18 @@ def _look_inside(record: Record, config: Config, rows: Rows, ready: Prepared) ->
         record.forgetting = forgetting.of_run(model, config)
 
 
-def save_results(folder: Path, predictions: dict[str, pd.DataFrame], ready: Prepared, config: Config) -> None:
+def save_results(folder: Path, tables: dict[str, pd.DataFrame], state: dict[str, torch.Tensor], config: Config) -> None:
     """Write the predictions of val and test, and the trained state, beside the record."""
     import pandas as pd
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    table = pd.concat([p.assign(split=split) for split, p in predictions.items()], ignore_index=True)
+    table = pd.concat([p.assign(split=split) for split, p in tables.items()], ignore_index=True)
     with replacing(folder / "predictions.parquet") as part:
         table.to_parquet(part, index=False)
     if config.save_state:
         with replacing(folder / "state.safetensors") as part:
-            save_file({n: t.cpu().contiguous() for n, t in trained_state(ready.model).items()}, str(part))
+            save_file({n: t.cpu().contiguous() for n, t in state.items()}, str(part))
 
 
 def _new_record(config: Config) -> Record:
@@ -243,9 +243,8 @@ def _probe(ready: Prepared, loop: Loop, config: Config) -> dict[str, int]:
 def _flops(cost: dict[str, int], loop: Loop, batches: TrainBatches, config: Config) -> dict[str, int | None]:
     """FLOPs of a training step and of a forward on the longest rows; of the whole training in proportion to its tokens."""
     seen = sum(batches.elements(step, packed=bool(cost["packed"])) for step in range(loop.progress.step))
-    total = round(cost["train_step"] * seen / cost["size"])
     return {
         "train_step": cost["train_step"] * config.train.accumulate * cost["devices"] if loop.steps else 0,
         "forward": cost["forward"] * cost["devices"],
-        "total_train": total,
+        "total_train": round(cost["train_step"] * seen / cost["size"]),
     }

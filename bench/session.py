@@ -15,7 +15,8 @@ import torch
 from bench import checkpoint, distributed, measure
 from bench.batches import TrainBatches
 from bench.config import Config
-from bench.model import trained_state
+from bench.model import trained_parameters
+from bench.parts import parted
 from bench.prepare import Prepared
 from bench.record import Record
 from bench.track import Tracker
@@ -103,9 +104,8 @@ class Session:
 
     def save(self) -> None:
         """Write the checkpoint. Raises Claimed where another worker has the run now."""
-        if distributed.rank():
-            return
-        self.stop.owned()
+        with distributed.together():
+            self.stop.owned()
         checkpoint.save(self.checkpoint, self.loop, {"costs": self.costs.state(), "history": self.record.history})
 
     def go(self, batches: TrainBatches, cost: dict[str, int]) -> dict[str, Scored]:
@@ -125,7 +125,7 @@ class Session:
                 with self.costs.phases("train"):
                     timer = self.costs.steps
                     train(loop, batches, evaluate=self.evaluate, timer=timer, log=self.note, tick=self.tick)
-                distributed.check_alike(trained_state(loop.model))
+                distributed.check_alike(p for p in trained_parameters(loop.model).values() if not parted(p))
                 kinds: Any = {k: cost[k] for k in ("activations", "offloaded") if k in cost}
                 kinds["backward"] = method.backward
                 record.memory = measure.memory(loop.model, loop.optimizer, self.costs.phases, **kinds)
@@ -156,7 +156,8 @@ class Session:
                 self.note(self.loop.progress.step, self.dynamics.look(self.loop.model, self.loop.progress.step))
         with distributed.together():
             self.stop.check()
-            if self.due():
+        with distributed.together():
+            if distributed.total(self.due() and not distributed.rank()):  # by the first one's clock
                 self.save()
 
     def score(self, split: str) -> Scored:

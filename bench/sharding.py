@@ -1,8 +1,10 @@
-"""Frozen weights shared out over torchrun's processes (`shard=true`), for a model that one device cannot hold.
+"""Weights shared out over torchrun's processes (`shard=true`), for a model that one device cannot hold.
 
 Each rank keeps its part of every frozen parameter, and a block is whole only while it computes (`fully_shard` of torch, which
 is FSDP2). What a method trains stays whole on every rank, so that optimizers, gradients, checkpoints and counts are those of
-`bench/distributed.py`. Gathering a block takes all ranks: `in_step` makes them call the model equally often.
+`bench/distributed.py`; but where the method is `shardable`, as full fine-tuning is, that is shared out too, with its
+gradients and the optimizer's state (`bench/parts.py`). Gathering a block takes all ranks: `in_step` makes them call the model
+equally often.
 """
 
 from __future__ import annotations
@@ -22,40 +24,51 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from bench.config import Config
+    from bench.prepare import Prepared
     from methods.base import Batch
 
 
 def shards(config: Config) -> bool:
-    """Whether the run that this process takes part in shares out its frozen weights."""
+    """Whether the run that this process takes part in shares out its weights."""
     return config.shard and distributed.size() > 1
 
 
-def shard(model: nn.Module, device: torch.device, spare: Batch) -> None:
-    """Share out what `model` (in the machine's memory) keeps frozen, block by block; what is trained goes to `device`.
+def shard(ready: Prepared) -> None:
+    """Share out the weights of a model in the machine's memory, block by block; what stays whole goes to its device.
 
-    spare: any rows, for a rank that must call the model while others have rows left. Raises ValueError where no block has
-    frozen weights, or none is known.
+    Raises ValueError where nothing in the blocks can be shared out, or no block is known.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    blocks, before = blocks_of(model), dict(model.named_parameters())
-    trained = {p for p in before.values() if trains(p)}
-    if not any(p not in trained for block in blocks for p in block.parameters()):
+    model, before = ready.model, dict(ready.model.named_parameters())
+    blocks = blocks_of(model)
+    kept = set() if ready.method.shardable else {p for p in before.values() if trains(p)}
+    if not any(p not in kept for block in blocks for p in block.parameters()):
+        unknown = "no block is known by name (methods/architectures.py)"
         raise ValueError(
-            "shard=true shares out the frozen weights of blocks, and here "
-            + ("all of them are trained" if blocks else "no block is known by name (methods/architectures.py)")
-            + ": leave out shard=true, or take a method that leaves the pretrained weights frozen, such as lora"
+            f"shard=true shares out the weights of blocks, and here {'the method needs all of them whole' if blocks else unknown}: "
+            "leave out shard=true, or take full_ft, or a method that leaves the pretrained weights frozen, such as lora"
         )
-    mesh = init_device_mesh(device.type, (distributed.size(),))
-    for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+    _fully_shard([*blocks, model], ready.device, kept)
     for name, p in model.named_parameters():
-        if p in trained:
-            p.data = p.data.to(device)
+        if p in kept:
+            p.data = p.data.to(ready.device)
         else:  # a new parameter, that knows what the old one did: how many weights are packed in it
             vars(p).update(vars(before[name]))
-    model.spare = {k: v.to(device) for k, v in spare.items()}  # type: ignore[assignment]
+    ready.head = {id(p) for name, p in model.named_parameters() if id(before[name]) in ready.head}
+    model.spare = {k: v.to(ready.device) for k, v in ready.few().items()}  # type: ignore[assignment]
+
+
+def _fully_shard(modules: list[nn.Module], device: torch.device, kept: set[nn.Parameter]) -> None:
+    """Share out the parameters of each module, the model last, but `kept`; gradients are added up in single precision at least."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (distributed.size(),))
+    trained = [p.dtype for p in modules[-1].parameters() if trains(p) and p not in kept]
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(trained[0], torch.float32) if trained else None)
+    for module in modules:
+        shared = fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=kept)
+        shared.set_gradient_divide_factor(1.0)  # a loss is weighted by its share of the whole batch already
+        shared.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to divide by one
 
 
 @contextmanager

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from bench.parts import local
+
 
 def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
     """The storages behind a tensor: one, those of a sparse tensor's or a quantised wrapper's parts, or of this rank's shard."""
@@ -64,7 +66,7 @@ def gradient_bytes(model: nn.Module) -> int:
     """Bytes of the trained parameters' gradients: as they lie there, or as large as the parameter where none lies yet."""
     trained = [p for p in model.parameters() if p.requires_grad]
     here = _bytes(p.grad for p in trained if p.grad is not None)
-    return here + sum(p.numel() * p.element_size() for p in trained if p.grad is None)
+    return here + sum(local(p).numel() * p.element_size() for p in trained if p.grad is None)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

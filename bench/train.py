@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bench import distributed, fused, offload
 from bench.ledger import Claim, Claimed
 from bench.model import load_trained_state, trained_state
+from bench.parts import clip, parted, unscaled
 from bench.prefix import train_mode
 from bench.sharding import in_step
 from bench.turns import member
@@ -100,7 +101,7 @@ class Loop:
                 total += loss.detach()
         distributed.add_up([total])
         if torch.is_grad_enabled():
-            distributed.add_up_gradients([p for p in self.model.parameters() if p.requires_grad])
+            distributed.add_up_gradients([p for p in self.model.parameters() if p.requires_grad and not parted(p)])
             self._unscale_and_clip()
         return total
 
@@ -110,14 +111,12 @@ class Loop:
 
     def _unscale_and_clip(self) -> None:
         trained = [p for p in self.model.parameters() if p.grad is not None]
-        if self._scale != 1.0:
-            torch._foreach_mul_([p.grad for p in trained], 1 / self._scale)  # type: ignore[misc]
-            if not all(torch.isfinite(p.grad).all() for p in trained):  # type: ignore[arg-type]
-                self.optimizer.zero_grad(set_to_none=True)  # skip this step and scale less
-                self.progress.loss_scale /= 2
-                return
+        if self._scale != 1.0 and not unscaled(trained, self._scale):
+            self.optimizer.zero_grad(set_to_none=True)  # skip this step and scale less
+            self.progress.loss_scale /= 2
+            return
         if self.cfg.clip is not None:
-            nn.utils.clip_grad_norm_(trained, self.cfg.clip)
+            clip(trained, self.cfg.clip)
 
 
 def train(

@@ -25,6 +25,7 @@ class FullFT(Method):
     acts: ClassVar[str] = "every weight"
     formula: ClassVar[str] = "all"
     mergeable: ClassVar[bool] = True  # in place
+    shardable: ClassVar[bool] = True
 
     params: str = "."  # regular expression over the full names of parameters
 

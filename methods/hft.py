@@ -36,6 +36,7 @@ class HFT(Method):
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ValueError(f"method.rounds={self.rounds} must be at least 1")
+        self.shardable = self.rounds == 1  # type: ignore[misc]
 
     def apply(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         model.requires_grad_()

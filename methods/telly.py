@@ -31,6 +31,7 @@ class Telly(Method):
     acts: ClassVar[str] = "all weights of the upper blocks"
     formula: ClassVar[str] = "(L - K) blocks and what follows them"
     mergeable: ClassVar[bool] = True  # in place
+    shardable: ClassVar[bool] = True
 
     blocks: int = 5  # K; the paper sweeps 0 to 11 of 12
 
