@@ -64,10 +64,10 @@ def load(path: Path, loop: Loop) -> dict[str, Any]:
 def _shared_out(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's state, in the parts that its parameters have."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in [(i, p) for i, p in enumerate(parameters) if parted(p)]:
-        for name, value in state["state"].get(i, {}).items():
-            if value.shape == p.shape:
-                state["state"][i][name] = like(value, p)
+    for i, p in enumerate(parameters):
+        if parted(p) and i in state["state"]:
+            own = state["state"][i]
+            own |= {name: like(value, p) for name, value in own.items() if value.shape == p.shape}
     return state
 
 
