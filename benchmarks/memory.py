@@ -11,58 +11,48 @@ backward on a CPU. Between and beyond them the two formulas below, which are exa
   static(d, L, V)      a polynomial of 1, d, d^2, V, V d, L, L d, L d^2
   kept(d, L, V, T)     a polynomial of 1, d, V, L, L d, each also times T
 
-With gradient checkpointing (of every block) the peak is what it keeps, and what one block keeps while it is computed again.
-Last columns: what the formulas say of a size that was not fitted, over what is counted there. Not counted: the memory of
-kernels for themselves, of the allocator, and of CUDA (0.5 GB or so): a real GPU holds somewhat less. `peft`: peft's own.
+The peak is what is static, what is kept, and the more of two things: with gradient checkpointing (of every block) what one
+block keeps while it is computed again; while the loss is differentiated its own gradient and that of the logits, in float32, 8
+bytes per token and word (without a backward pass the logits and their logarithms, 10). With `train.offload` what is kept waits in
+the host's memory, but for what one block, or the head, keeps. For LoRA these are all bytes that live at once, counted operation by
+operation on a CPU (`tests/test_benchmarks.py`); nothing was measured on a GPU yet. Not counted: the one weight that qlora builds
+out of its codes at a time, the memory of kernels for themselves, of the allocator, and of CUDA (0.5 GB or so): a real GPU holds
+somewhat less. Last columns: what the formulas say of a size that was not fitted, over what is counted there.
 
-Billions of parameters in 24 GiB, without and with checkpointing (torch 2.13, peft 0.21): full_ft 2.4 and 3.0, galore 3.6 and
-5.1, lisa 5.2 and 7.6, lora 7.2 and 11.8 (peft's the same), dora 6.8 and 11.7 (peft's 6.6 and 11.7), lst 10.0, mezo 12.9,
-qlora 4.6 and 26.1: its dropout keeps a mask and a copy of the input of every linear layer (without it, qlora_plain, 6.9 and
-26.7; in 8 bits, qlora_8bit, 6.0 and 17.0). The formulas are exact
-to 0.1 % but for lst, whose side blocks round their widths (4 % of what is static, 11 % of what is kept).
+`peft`: peft's own. Its QLORA is LoRA with our qlora's values over the 4-bit layers of bitsandbytes, where that is installed;
+QLORA_FP32 the same after `prepare_model_for_kbit_training`, which its guide has.
+
+Billions of parameters in 24 GiB: plain, with checkpointing, with offload as well (torch 2.13, peft 0.21, bitsandbytes 0.50):
+
+  full_ft 2.2, 2.8, 2.8    galore 3.2, 4.7, 4.8    lisa 4.7, 6.9, 7.1    mezo 11.6    lst 9.2, 9.2, 10.3
+  lora 6.5, 10.9, 11.3 (peft the same)     dora 6.1, 10.9, 11.2 (peft 6.0, 10.9, 11.2)
+  ia3 6.5, 11.0, 11.3 (peft 6.0, 11.0, 11.3)     prompt_tuning 7.0, 10.9, 11.3 (peft 7.1, 10.9, 11.3)
+  qlora 4.1, 25.2, 26.9 (peft QLORA the same; QLORA_FP32 3.0, 20.0, 22.6): its dropout keeps a mask and a copy of the input of
+  every linear layer; without it, qlora_plain, 6.1, 25.2, 26.9; in 8 bits, qlora_8bit, 5.3, 16.0, 16.7
+
+Offload is for long rows: with 32,768 tokens in 80 GiB lora 1.0, 11.7, 17.3, qlora 0.4, 20.5, 44.1. A weight takes qlora 4.127
+bits, as in bitsandbytes, which keeps 1,088 bytes of code books with each matrix besides. The formulas are exact to 0.1 % but for
+lst, whose side blocks round their widths (4 % of what is static, 11 % of what is kept).
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from bench import measure
 from bench.clock import Phases
-from methods import METHODS, Unsupported
+from benchmarks.sides import HEAD, OURS, PEFT, Method, ours, pretrained, theirs
+from methods import Unsupported
 
-HEAD, WORDS = 128, 128_256
-OURS = (
-    "full_ft",
-    "galore",
-    "lisa",
-    "mezo",
-    "lora",
-    "dora",
-    "ia3",
-    "qlora",
-    "qlora_plain",
-    "qlora_8bit",
-    "prompt_tuning",
-    "lst",
-)
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qlora_plain": ("qlora", {"dropout": 0.0}),
-    "qlora_8bit": ("qlora", {"dropout": 0.0, "bits": 8}),
-}
-PEFT: dict[str, dict[str, Any]] = {
-    "LORA": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
-    "DORA": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "use_dora": True},
-    "IA3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
-    "PROMPT_TUNING": {"task_type": "CAUSAL_LM", "num_virtual_tokens": 20},
-}
+WORDS = 128_256
+LOSS = {True: 8, False: 10}  # bytes per token and word beyond what is kept, with a backward pass and without: see above
+WAYS = {"": (False, False), "checkpointing": (True, False), "and offload": (True, True)}
 
 
 @dataclass(frozen=True)
@@ -92,49 +82,6 @@ class Shape:
 FITTED = [Shape(d, L, V, T) for d, L, V, T in itertools.product((512, 1024), (3, 5), (512, 1024), (32, 64))]
 FITTED += [Shape(1536, 3, 512, 32), Shape(1536, 5, 512, 32)]
 UNSEEN, LLAMA_8B = Shape(1536, 6, 768, 80), Shape(4096, 32)
-Method = Callable[[nn.Module], "tuple[nn.Module, Any]"]  # a pretrained model to the one to train, and who made it
-
-
-def pretrained(shape: Shape, device: str, *, checkpointing: bool = False) -> Any:
-    """A frozen model of zeros."""
-    import transformers
-
-    d = int(shape.d)
-    config = transformers.LlamaConfig(
-        vocab_size=int(shape.V), hidden_size=d, intermediate_size=d * 7 // 2, num_hidden_layers=int(shape.L),
-        num_attention_heads=d // HEAD, num_key_value_heads=d // HEAD // 4, head_dim=HEAD, pad_token_id=0,
-        max_position_embeddings=8192, use_cache=False,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    if device != "meta":
-        model.to_empty(device=device)
-        for t in (*model.parameters(), *model.buffers()):
-            t.detach().zero_()
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    return model.requires_grad_(False)
-
-
-def ours(name: str) -> Method:
-    def apply(model: nn.Module) -> tuple[nn.Module, Any]:
-        of, fields = VARIANTS.get(name, (name, {}))
-        method = METHODS[of](**fields)
-        return method.apply(model, iter(())), method
-
-    return apply
-
-
-def theirs(kind: str) -> Method:
-    def apply(model: Any) -> tuple[nn.Module, Any]:
-        import peft
-
-        tuner = peft.PeftType["LORA" if kind == "DORA" else kind]
-        config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[tuner](**PEFT[kind])
-        return peft.get_peft_model(model, config), METHODS["lora"]()  # AdamW, no penalty
-
-    return apply
 
 
 def static(make: Method, shape: Shape) -> int:
@@ -176,12 +123,15 @@ class Fit:
         self.static = fit([s.static() for s in still], [static(self.make, s) for s in still])
         terms = [s.kept() for s in FITTED]
         self.kept = {c: fit(terms, [kept(self.make, s, c, self.device) for s in FITTED]) for c in (False, True)}
+        self.loss = LOSS[bool(self.kept[False].any())]
 
-    def bytes(self, shape: Shape, checkpointing: bool) -> float:
+    def bytes(self, shape: Shape, checkpointing: bool, offload: bool = False) -> float:
         """Predicted peak."""
-        found = float(self.static @ shape.static() + self.kept[checkpointing] @ shape.kept())
         one = np.subtract(replace(shape, L=2).kept(), replace(shape, L=1).kept())
-        return found + float(self.kept[False] @ one) * checkpointing
+        block, loss = float(self.kept[False] @ one) * checkpointing, self.loss * shape.V * shape.T
+        kept = float(self.kept[checkpointing] @ (replace(shape, L=0) if offload else shape).kept())
+        there = max(block, kept + loss) if offload else kept + max(block, loss)
+        return float(self.static @ shape.static()) + there
 
     def errors(self) -> tuple[float, float]:
         """Prediction over count, less 1, of what is static at Llama 3 8B's shape, and of what is kept at an unseen size."""
@@ -189,12 +139,12 @@ class Fit:
         of_kept = float(self.kept[False] @ UNSEEN.kept()) / counted - 1 if counted else 0.0
         return float(self.static @ LLAMA_8B.static()) / static(self.make, LLAMA_8B) - 1, of_kept
 
-    def largest(self, memory: float, tokens: int, checkpointing: bool) -> float:
+    def largest(self, memory: float, tokens: int, checkpointing: bool, offload: bool = False) -> float:
         """Parameters of the largest pretrained model that fits, n taken as a real number."""
         low, high = 0.0, 1000.0
         for _ in range(60):
             middle = (low + high) / 2
-            fits = self.bytes(Shape(HEAD * middle, middle, T=tokens), checkpointing) <= memory
+            fits = self.bytes(Shape(HEAD * middle, middle, T=tokens), checkpointing, offload) <= memory
             low, high = (middle, high) if fits else (low, middle)
         return Shape(HEAD * low, low).parameters
 
@@ -209,9 +159,9 @@ def fit(terms: list[list[float]], values: list[int]) -> np.ndarray:
 def table(names: list[str], memory: list[float], tokens: int, device: str) -> Iterator[str]:
     """Header and one line per method."""
     yield f"billions of parameters, one row of {tokens} tokens, bfloat16; counted on meta and {device}"
-    sizes = [f"{m:g} GiB" for m in memory]
-    yield f"{'':20} {'':>26} {'checkpointing':>26}  {'formula / count - 1':>21}"
-    yield f"{'method':20} " + "".join(f"{s:>9}" for s in sizes * 2) + f"  {'static, 8B':>10} {'kept':>10}"
+    sizes, width = [f"{m:g} GiB" for m in memory], max(9, 15 // len(memory))
+    yield f"{'':20} " + "".join(f"{way:>{width * len(sizes)}}" for way in WAYS) + f"  {'formula / count - 1':>21}"
+    yield f"{'method':20} " + "".join(f"{s:>{width}}" for s in sizes * len(WAYS)) + f"  {'static, 8B':>10} {'kept':>10}"
     for name in names:
         kind, _, tuner = name.rpartition(" ")
         try:
@@ -219,9 +169,9 @@ def table(names: list[str], memory: list[float], tokens: int, device: str) -> It
         except Unsupported as reason:
             yield f"{name:20} {reason}"
             continue
-        largest = [found.largest(m * 2**30, tokens, c) for c in (False, True) for m in memory]
+        largest = [found.largest(m * 2**30, tokens, *way) for way in WAYS.values() for m in memory]
         errors = "".join(f"{e:>11.1%}" for e in found.errors())
-        yield f"{name:20} " + "".join(f"{n / 1e9:9.2f}" for n in largest) + errors
+        yield f"{name:20} " + "".join(f"{n / 1e9:{width}.2f}" for n in largest) + errors
 
 
 def main() -> None:
