@@ -57,7 +57,7 @@ class Offload:
             return tensor
         state = storage._cdata, tensor._version  # changed in place it is copied again
         copy = self.copies.get(state) or self.copies.setdefault(state, Copy(storage))
-        return View(copy, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
+        return View(copy, tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
 
     @staticmethod
     def unpack(kept: Tensor | View) -> Tensor:
@@ -80,10 +80,10 @@ class Copy:
 
     def back(self) -> torch.UntypedStorage:
         """A storage with these bytes on the device; one for all who ask while it lives."""
-        found = self.there and torch.UntypedStorage._new_with_weak_ptr(self.there.cdata)
-        if found is None:
-            found = self.bytes.to(self.device, non_blocking=True, copy=True).untyped_storage()
-            self.there = StorageWeakRef(found)
+        if self.there and (found := torch.UntypedStorage._new_with_weak_ptr(self.there.cdata)) is not None:
+            return found
+        found = self.bytes.to(self.device, non_blocking=True, copy=True).untyped_storage()
+        self.there = StorageWeakRef(found)
         return found
 
 
@@ -105,8 +105,9 @@ def _plain(tensor: Tensor) -> bool:
 
 def _room(size: int, *, pinned: bool) -> Tensor:
     """`size` bytes of the host's memory, unwritten also where deterministic runs fill what is new."""
-    fills, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False
+    settings: Any = deterministic
+    fills, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
     try:
         return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
     finally:
-        deterministic.fill_uninitialized_memory = fills
+        settings.fill_uninitialized_memory = fills
