@@ -13,6 +13,7 @@ from bench.run import _new_record
 from methods import METHODS
 from methods.lora import LoRALinear
 from methods.qlora import NF4, Int8Linear, NF4Linear, PackedLinear, Product, code_book, quantise
+from tests.test_benchmarks import Live
 from tests.test_methods import applied, batch_of, logits, perturb
 from tests.test_optimizers import loop_of, resumes_bit_for_bit
 from tests.test_parity import TOLERANCE
@@ -80,6 +81,15 @@ def test_weighs_half_a_byte_per_weight():
         weight_bytes(layer) == n // 2 + n // 64 + 4 * n // 64 // 256 + 4 + 4 * 1024
     )  # codes, scales, theirs, mean; bias
     assert 0.51 < (weight_bytes(layer) - 4 * 1024) / n < 0.52  # 4.127 bits
+
+
+def test_building_the_weight_takes_six_bytes_per_weight():
+    """Indices of pairs and their values, or these and the weight in bfloat16."""
+    layer = NF4Linear(linear(512, 1024).bfloat16())
+    assert layer.weight.isfinite().all()  # the code books are there
+    with (live := Live(layer)):
+        layer.weight  # noqa: B018
+    assert 6 <= (live.peak - weight_bytes(layer)) / (512 * 1024) < 6.2
 
 
 def test_eight_bits_weigh_a_byte_per_weight_and_a_scale_per_output():
