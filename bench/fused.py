@@ -1,8 +1,8 @@
 """K runs over one frozen backbone at once: `hydra/launcher=fused`.
 
-Each run is the code of `run.py` in a thread of its own (`turns.py`). In training its blocks are not called: it hands what
-they were given to the others' (`fused_stack.py`), gets their output back, computes its own loss, and hands back the gradient.
-Embeddings, heads, losses, optimizers, schedules, evaluation and records are the run's own, untouched.
+Each run is the code of `run.py` in a thread of its own (`turns.py`). In training its model is not called: it hands its batch to
+the others' (`fused_stack.py`), gets its own loss back, and hands back that loss's gradient. Data, penalties, optimizers,
+schedules, evaluation and records are the run's own, untouched.
 
 The rule by which costs are shared: a run's clock stands still while others are at work, and of what is computed together each
 run pays an equal share; bytes are counted by kind on its own model, as if it were alone. Its record says how many they were.
@@ -20,9 +20,8 @@ from torch import Tensor
 
 from bench import distributed, layout
 from bench.fused_modules import Unfusable
-from bench.fused_part import Backward, Forward, Part, Passed, chained, share
+from bench.fused_part import Backward, Forward, Part, Passed, share
 from bench.fused_stack import Stack
-from bench.prefix import blocks_of
 from bench.turns import Kept, Member, Turns, member
 
 if TYPE_CHECKING:
@@ -73,32 +72,26 @@ class Team(Turns):
         return group[:size]
 
     def _stack(self, parts: list[Part]) -> Stack:
-        """Made of the blocks as they are: what stands in their places is put aside."""
+        """Made of the models as they are: what stands in their places is put aside."""
         self.parts = parts
-        blocks = [b for part in parts for b in part.blocks]
-        standing = [vars(b).pop("forward") for b in blocks]
+        standing = [vars(part.model).pop("forward") for part in parts]
         try:
-            return Stack([*zip(*(part.blocks for part in parts), strict=True)])
+            return Stack([part.model for part in parts])
         finally:
-            for block, forward in zip(blocks, standing, strict=True):
-                block.forward = forward  # type: ignore[method-assign]
+            for part, forward in zip(parts, standing, strict=True):
+                part.model.forward = forward
 
     def _forward(self, group: list[Member], requests: list[Forward]) -> None:
         assert self.stack is not None
         for request in requests:
             request.part.unchanged()
-        whole, spans = self.stack([r.run(self.parts.index(r.part)) for r in requests])
-        for m, request, span in zip(group, requests, spans, strict=True):
+        losses = self.stack([r.run(self.parts.index(r.part)) for r in requests])
+        for m, request, loss in zip(group, requests, losses, strict=True):
             request.part.phases.fused = max(request.part.phases.fused, len(group))
-            m.answer(Passed(request, whole, span))
+            m.answer(Passed(loss))
 
     def _backward(self, group: list[Member], passed: list[Passed]) -> None:
-        whole = passed[0].whole
-        gradient = torch.zeros_like(whole)
-        for p in passed:
-            if p.out.grad is not None:
-                gradient[0, p.span.start : p.span.end] = p.out.grad.flatten(0, 1)
-        torch.autograd.backward(whole, gradient)
+        torch.autograd.backward([p.whole for p in passed], [p.loss.grad for p in passed])
         for m in group:
             m.answer(None)
 
@@ -142,6 +135,4 @@ def _part(here: Member, ready: Prepared, config: Config, phases: Phases) -> Part
     assert isinstance(here.turns, Team)
     here.turns.threads = config.threads or here.turns.threads
     share(ready.model, here.turns.reference)
-    found = blocks_of(ready.model)
-    batch = {k: v.to(ready.device) for k, v in ready.few().items()}
-    return Part(here, ready.model, found, phases, chained(ready.model, found, batch))
+    return Part(here, ready.model, phases, packed=ready.packed)

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("bench")
 REPEATS = 3
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest hidden state; half precision: 2e-2
+Found = tuple[Tensor, list[Tensor | None]]  # a run's loss and its gradients
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float64: 1e-8,
+}  # of the loss, and of a run's largest gradient; half precision: 2e-2
 
 
 def measured(stack: Stack, requests: Sequence[Forward], *, timed: bool) -> int:
@@ -38,20 +42,23 @@ def measured(stack: Stack, requests: Sequence[Forward], *, timed: bool) -> int:
             run.draws.cuda = cuda
         return runs[:count]
 
-    def at_once(count: int) -> list[Tensor]:
-        whole, spans = stack(anew(count))
-        whole = _gradients(whole)
-        return [span.of(whole) for span in spans]
+    trained = [[p for p in request.part.model.parameters() if p.requires_grad] for request in requests]
 
-    def alone(count: int) -> list[Tensor]:
-        return [_gradients(requests[run.index].part.own(run)) for run in anew(count)]
+    def at_once(count: int) -> list[Found]:
+        losses = stack(anew(count))
+        each = iter(_gradients(losses, [p for own in trained[:count] for p in own]))
+        return [(loss.detach(), [next(each) for _ in own]) for loss, own in zip(losses, trained, strict=False)]
+
+    def alone(count: int) -> list[Found]:
+        losses = [requests[run.index].part.own(run) for run in anew(count)]
+        return [(x.detach(), _gradients([x], own)) for x, own in zip(losses, trained, strict=False)]
 
     try:
         with ExitStack() as others:  # a change that starts as none would not show what becomes of it
             for request in requests:
-                others.enter_context(perturbed(nn.ModuleList(request.part.blocks)))
+                others.enter_context(perturbed(request.part.model))
             _check(at_once(len(runs)), alone(len(runs)))
-        return _best(alone, at_once, len(runs), runs[0].hidden.device) if timed else len(runs)
+        return _best(alone, at_once, len(runs), runs[0].batch["labels"].device) if timed else len(runs)
     finally:
         anew(len(runs))
 
@@ -70,9 +77,9 @@ def _best(alone: Callable[[int], Any], at_once: Callable[[int], Any], runs: int,
     shares = ", ".join(f"{n}: {seconds / one:.2f}" for n, seconds in found.items())
     if found[best] > one:
         raise Unfusable(
-            f"one alone costs less on this device (seconds of its blocks per run at once, over alone: {shares})"
+            f"one alone costs less on this device (seconds of a loss and its gradients per run at once, over alone: {shares})"
         )
-    log.info("%d runs at once (seconds of its blocks per run at once, over alone: %s)", best, shares)
+    log.info("%d runs at once (seconds of a loss and its gradients per run at once, over alone: %s)", best, shares)
     return best
 
 
@@ -87,32 +94,22 @@ def _seconds(act: Callable[[], Any], device: torch.device) -> float:
     return min(spent)
 
 
-def _gradients(whole: Tensor) -> Tensor:
-    """Compute those of everything trained, and leave none; the hidden states themselves."""
-    if whole.requires_grad:
-        leaves = _leaves(whole)
-        torch.autograd.grad(whole, leaves, torch.ones_like(whole), allow_unused=True)
-    return whole.detach()
+def _gradients(losses: list[Tensor], trained: list[nn.Parameter]) -> list[Tensor | None]:
+    """Those of each trained parameter; none is left behind. All None where the losses are in no graph."""
+    if not trained or not losses[0].requires_grad:
+        return [None] * len(trained)
+    return [*torch.autograd.grad(losses, trained, [torch.ones_like(x) for x in losses], allow_unused=True)]
 
 
-def _leaves(whole: Tensor) -> list[Tensor]:
-    """What a graph would give gradients to."""
-    found, seen, todo = [], set(), [whole.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        todo.extend(n for n, _ in node.next_functions)
-    return found
-
-
-def _check(ours: list[Tensor], own: list[Tensor]) -> None:
-    for a, b in zip(ours, own, strict=True):
-        worst = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30)
-        if not worst <= TOLERANCE.get(b.dtype, 2e-2):
+def _check(ours: list[Found], own: list[Found]) -> None:
+    for (loss, gradients), (expected, theirs) in zip(ours, own, strict=True):
+        pairs = [(a, b) for a, b in zip(gradients, theirs, strict=True) if a is not None and b is not None]
+        largest = max((float(b.abs().max()) for _, b in pairs), default=0.0)
+        worst = max((float((a - b).abs().max()) for a, b in pairs), default=0.0) / max(largest, 1e-30)
+        worst = max(worst, float((loss - expected).abs() / expected.abs().clamp(min=1e-30)))
+        if not worst <= TOLERANCE.get(expected.dtype, 2e-2) or [a is None for a in gradients] != [
+            b is None for b in theirs
+        ]:
             raise Unfusable(
-                f"computed at once, its blocks give another result (by {worst:.1g} of the largest hidden state)"
+                f"computed at once, it gives another result (loss or gradients, by {worst:.1g} of the largest)"
             )

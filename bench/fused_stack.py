@@ -1,91 +1,136 @@
-"""The blocks of several models that stand on one backbone, computed at once: every frozen weight is multiplied once.
+"""Several models that stand on one backbone, computed at once: every frozen weight is multiplied once.
 
-The tokens of all runs lie behind one another, (1, N, width). A copy of the blocks computes what is the same for every
-token and every run; each module that is a run's own (a changed layer, a trained norm, a dropout), and attention, computes on
-that run's tokens alone, in their own shape (rows, positions, width), and draws from that run's random generators.
+The rows of all runs lie behind one another, as one batch. A copy of the model computes what is the same for every run; each
+module that is a run's own (a changed layer, a trained norm, a head, a dropout), attention that drops out, and the loss compute
+on that run's rows alone, as wide as they are alone, and draw from that run's random generators.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bench import packed
-from bench.fused_modules import (
-    PASS,
-    Each,
-    EachBias,
-    EachChange,
-    EachDropout,
-    Run,
-    Span,
-    Unfusable,
-    attention,
-    same_place,
-)
-from bench.layout import running
-from methods.base import Adapted, Added, trains
+from bench.fused_modules import PASS, Each, EachBias, EachChange, EachDropout, Run, Unfusable, attention, same_place
+from methods.base import Adapted, Added, Batch, trains
 
 NAME = "paretune_fused"  # of attention, among the implementations that transformers knows
+PADDING = {"attention_mask": 0, "token_type_ids": 0, "labels": -100}  # and `input_ids`: the model's own
+LOSSES = ("cross_entropy", "mse_loss", "binary_cross_entropy_with_logits")
 
 
 class Stack:
-    """The blocks of all runs. `columns`: for each depth the block of every run, which share what is frozen."""
+    """The models of all runs, which share what is frozen. Raises Unfusable where it cannot be."""
 
-    def __init__(self, columns: Sequence[Sequence[nn.Module]]):
-        from transformers import AttentionInterface
-
-        AttentionInterface.register(NAME, attention)
-        self.layers = [_carrier(column) for column in columns]
-        matrices = any(p.dim() > 1 for layer in self.layers for p in layer.parameters())
-        if not matrices and not any(
-            isinstance(m, EachBias | EachChange) for layer in self.layers for m in layer.modules()
+    def __init__(self, models: Sequence[nn.Module]):
+        self.model = _carrier(models)
+        modules = list(self.model.modules())
+        if not any(p.dim() > 1 for p in self.model.parameters()) and not any(
+            isinstance(m, EachBias | EachChange) for m in modules
         ):
-            raise Unfusable("no weight matrix of the blocks is frozen and the same in all runs")
+            raise Unfusable(
+                "no weight matrix is frozen, the same in all runs, and outside of what the method changes as a whole"
+            )
 
-    def __call__(self, runs: Sequence[Run]) -> tuple[Tensor, list[Span]]:
-        """The last block's hidden states (1, N, width), and which are whose."""
-        args, kwargs, masks = merge(runs)
-        PASS.spans = [*_spans(runs, masks)]
-        x = torch.cat([run.hidden.flatten(0, 1) for run in runs])[None]
-        with running(None):
-            for layer in self.layers:
-                out = layer(x, *args, **kwargs)
-                x = out[0] if isinstance(out, tuple) else out
-        return x, PASS.spans
-
-
-def _spans(runs: Sequence[Run], masks: Sequence[Any]) -> Iterator[Span]:
-    start = 0
-    for run, mask in zip(runs, masks, strict=True):
-        rows, positions, _ = run.hidden.shape
-        yield Span(start, start + rows * positions, (rows, positions), mask, run)
-        start += rows * positions
+    def __call__(self, runs: Sequence[Run]) -> list[Tensor]:
+        """The loss of each run."""
+        PASS.begin(runs)
+        with _apart() as losses:
+            self.model(**merged([run.batch for run in runs], self.model.config))
+        if len(losses) != 1:
+            raise Unfusable(f"its loss is not one of {', '.join(LOSSES)} of all rows")
+        return losses[0]
 
 
-def _carrier(column: Sequence[nn.Module]) -> nn.Module:
-    """A copy of the first run's block on the same weights, with every run's own modules in their places."""
-    memo: dict[int, Any] = {id(t): t for t in (*column[0].parameters(), *column[0].buffers())}
-    for config in {id(m.config): m.config for m in column[0].modules() if hasattr(m, "config")}.values():
+def merged(batches: Sequence[Batch], config: Any) -> Batch:
+    """The rows of all batches as one, those of text padded on the right. Raises Unfusable for what is neither text nor images."""
+    padding = PADDING | {"input_ids": getattr(config, "pad_token_id", None) or 0}
+    found = {}
+    for key in batches[0]:
+        values = [batch[key] for batch in batches]
+        if values[0].dim() == 2 and key in padding:
+            found[key] = _padded(values, padding[key])
+        elif key in ("labels", "pixel_values"):
+            found[key] = torch.cat(values)
+        else:
+            raise Unfusable(f"its batches have {key} of {tuple(values[0].shape)}, which is neither text nor an image")
+    if all(hasattr(batch.get("attention_mask"), "host") for batch in batches):
+        found["attention_mask"].host = _padded([b["attention_mask"].host for b in batches], 0)  # type: ignore[attr-defined]
+    return found
+
+
+def _padded(values: Sequence[Tensor], padding: int) -> Tensor:
+    width = max(v.shape[1] for v in values)
+    return torch.cat([v if v.shape[1] == width else F.pad(v, (0, width - v.shape[1]), value=padding) for v in values])
+
+
+@contextmanager
+def _apart() -> Iterator[list[list[Tensor]]]:
+    """Inside the block torch's losses are the sums of those of each run, which the list is given."""
+    found: list[list[Tensor]] = []
+
+    def apart(inner: Any) -> Any:
+        def loss(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            own = zip(_lines(input), _lines(target), strict=True)
+            found.append([inner(*pair, *args, **kwargs) for pair in own])
+            return torch.stack(found[-1]).sum()
+
+        return loss
+
+    with patch.multiple(F, **{name: apart(getattr(F, name)) for name in LOSSES}):
+        yield found
+
+
+def _lines(x: Tensor) -> list[Tensor]:
+    """Each run's part of what a loss is given: a line per row, or per position of a row, no more than the run has."""
+    each, rest = divmod(len(x), sum(PASS.rows))
+    if rest:
+        raise Unfusable(f"its loss is given {len(x)} lines for {sum(PASS.rows)} rows")
+    if each == 1:
+        return [*x.split(PASS.rows)]
+    rows = x.unflatten(0, (-1, each)).split(PASS.rows)
+    return [
+        own[:, : each - PASS.width + (run.width or 0)].flatten(0, 1) for run, own in zip(PASS.runs, rows, strict=True)
+    ]
+
+
+def _carrier(models: Sequence[nn.Module]) -> nn.Module:
+    """A copy of the first run's model on the same weights, with every run's own modules in their places."""
+    first = models[0]
+    memo: dict[int, Any] = {id(t): t for t in (*first.parameters(), *first.buffers())}
+    for config in {id(m.config): m.config for m in first.modules() if hasattr(m, "config")}.values():
         memo[id(config)] = _with_attention(config)
-    memo |= {id(modules[0]): each for modules, each in _own(column)}
-    found = copy.deepcopy(column[0], memo)
+    memo |= {id(modules[0]): each for modules, each in _own(models)}
+    found = copy.deepcopy(first, memo)
     if isinstance(found, Each):
-        raise Unfusable("the method changes every block as a whole")
+        raise Unfusable("the method changes the model as a whole")
+    for module in found.modules():
+        if _packs(module):
+            del module.forward  # the first run's
+            module.forward = packed.packing(module.forward)  # type: ignore[method-assign]
     return found
 
 
 def _with_attention(config: Any) -> Any:
     """The model's configuration, with our implementation of attention. Raises Unfusable where it has none to be replaced."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as known
 
-    if config._attn_implementation not in known:
-        raise Unfusable(f"model.attention={config._attn_implementation} cannot be computed run by run; sdpa can")
-    PASS.attention = known[config._attn_implementation]
+    name = config._attn_implementation
+    if name not in known or name not in masks:
+        raise Unfusable(f"model.attention={name} cannot be computed run by run; sdpa can")
+    PASS.attention, PASS.skips = known[name], masks[name] is sdpa_mask
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, masks[name])
     found = copy.copy(config)
     found._attn_implementation_internal = NAME
     return found
@@ -128,46 +173,8 @@ def _differs(modules: Sequence[nn.Module]) -> bool:
 def hooked(module: nn.Module) -> bool:
     """Whether a method has put hooks on a module, or a function in the place of its forward."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(hook not in packed.OF_BLOCKS for hook in hooks) or "forward" in vars(module)
+    return any(hook not in packed.HOOKS for hook in hooks) or ("forward" in vars(module) and not _packs(module))
 
 
-def merge(runs: Sequence[Run]) -> tuple[tuple[Any, ...], dict[str, Any], list[Any]]:
-    """What all blocks are given beside hidden states, out of what those of each run are given; and each run's mask.
-
-    Tensors of (rows or 1, positions, ...) follow the tokens; one of four dimensions is an attention mask. A cache of keys
-    and values, which nobody reads in training, is left out. Raises Unfusable for anything else that differs.
-    """
-    shapes, masks = [tuple(r.hidden.shape[:2]) for r in runs], _Masks(len(runs))
-    args = tuple(_merged(values, shapes, masks) for values in zip(*(r.args for r in runs), strict=True))
-    kwargs = {key: _merged([r.kwargs[key] for r in runs], shapes, masks) for key in runs[0].kwargs}
-    return args, kwargs, masks.found
-
-
-class _Masks:
-    def __init__(self, runs: int):
-        self.found: list[Any] = [None] * runs
-        self.seen = False
-
-    def keep(self, values: list[Any]) -> None:
-        if self.seen and any(a is not b for a, b in zip(values, self.found, strict=True)):
-            raise Unfusable("its blocks are given two kinds of attention masks")
-        self.found, self.seen = values, True
-
-
-def _merged(values: Sequence[Any], shapes: list[Any], masks: _Masks) -> Any:
-    first = values[0]
-    tensors = [v for v in values if isinstance(v, Tensor)]
-    if any(t.dim() == 4 for t in tensors):
-        masks.keep([*values])
-        return None
-    if len(tensors) == len(values) and all(t.shape[1:2] == s[1:] for t, s in zip(values, shapes, strict=True)):
-        return torch.cat([t.expand(s[0], *t.shape[1:]).flatten(0, 1) for t, s in zip(values, shapes, strict=True)])[
-            None
-        ]
-    if isinstance(first, tuple):
-        return tuple(_merged(part, shapes, masks) for part in zip(*values, strict=True))
-    if type(first).__name__.endswith("Cache"):
-        return None
-    if tensors or any(v != first for v in values):
-        raise Unfusable(f"its blocks are given {type(first).__name__}s that differ from run to run")
-    return first
+def _packs(module: nn.Module) -> bool:
+    return hasattr(vars(module).get("forward"), "packs")

@@ -33,7 +33,7 @@ def install(model: nn.Module) -> ExitStack:
     blocks, end, backbone = stack(model)
     undo = ExitStack()
     _attend_packed(model, undo)
-    backbone.forward = _packing(backbone.forward)  # type: ignore[method-assign]
+    backbone.forward = packing(backbone.forward)  # type: ignore[method-assign]
     undo.callback(delattr, backbone, "forward")
     undo.callback(blocks[0].register_forward_pre_hook(_begin, prepend=True).remove)
     undo.callback(end.register_forward_hook(_end).remove)
@@ -64,7 +64,7 @@ def stack(model: nn.Module) -> tuple[list[nn.Module], nn.Module, nn.Module]:
     return [model.get_submodule(n) for n in names], end, backbone
 
 
-def _packing(inner: Callable[..., Any]) -> Callable[..., Any]:
+def packing(inner: Callable[..., Any]) -> Callable[..., Any]:
     """A backbone's `forward` that knows the layout of its mask."""
 
     @wraps(inner)
@@ -78,6 +78,7 @@ def _packing(inner: Callable[..., Any]) -> Callable[..., Any]:
         with running(layout):
             return inner(*args, **kwargs)
 
+    forward.packs = True  # type: ignore[attr-defined]
     return forward
 
 
@@ -94,15 +95,15 @@ def _position(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any,
     return args, kwargs
 
 
-OF_BLOCKS = (_begin, _position)  # the hooks
-
-
 def _end(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of what ends the stack."""
     if isinstance(output, Tensor):
         return as_rows(output)
     output.last_hidden_state = as_rows(output.last_hidden_state)
     return output
+
+
+HOOKS = (_begin, _position, _end)
 
 
 def _attend_packed(model: nn.Module, undo: ExitStack) -> None:
