@@ -128,8 +128,9 @@ def joined(ready: Prepared, config: Config, phases: Phases) -> Iterator[None]:
 
 
 def _part(here: Member, ready: Prepared, config: Config, phases: Phases) -> Part:
-    if config.train.gradient_checkpointing or config.train.features != "off":
-        raise Unfusable("it needs train.gradient_checkpointing=false and train.features=off")
+    train = config.train
+    if train.gradient_checkpointing or train.features != "off" or train.offload != "none":
+        raise Unfusable("it needs train.gradient_checkpointing=false, train.features=off and train.offload=none")
     if distributed.launched() > 1:
         raise Unfusable("torchrun computes one run on all devices")
     assert isinstance(here.turns, Team)

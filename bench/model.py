@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from bench.imports import uncollected
 from bench.parts import like, local, whole
-from methods.base import Adapted, Added, trains
+from methods.base import Adapted, Added, Unsupported, trains
 
 if TYPE_CHECKING:
     from bench.config import ModelConfig
@@ -48,21 +50,35 @@ def build(cfg: ModelConfig, task: Task) -> Built:
     transformers.utils.logging.disable_progress_bar()
     kind, _, name = cfg.path.partition(":")
     source: dict[str, Any] = {"kind": "random"}
-    if kind == "random":
-        from bench.random_models import random_pair
+    with _of_a_kind(cfg, task):
+        if kind == "random":
+            from bench.random_models import random_pair
 
-        model, processor = random_pair(name, task)
-        missing = _names(model, task.head)
-    else:
-        folder, source = _locate(cfg, kind, name)
-        processor = _processor(folder, cfg, task)
-        model, missing = _pretrained(folder, cfg, task, processor)
-        source |= _limits(model, processor, task)
+            model, processor = random_pair(name, task)
+            missing = _names(model, task.head)
+        else:
+            folder, source = _locate(cfg, kind, name)
+            processor = _processor(folder, cfg, task)
+            model, missing = _pretrained(folder, cfg, task, processor)
+            source |= _limits(model, processor, task)
     linear_conv1d(model)
     head = sorted(set(missing) & {n for n, _ in model.named_parameters()})
     freeze(model, tuple(head))
     source |= {"path": cfg.path, "revision": cfg.revision, "dtype": cfg.dtype, "head": head}
     return Built(model, processor, tuple(head), source)
+
+
+@contextmanager
+def _of_a_kind(cfg: ModelConfig, task: Task) -> Iterator[None]:
+    """Raise Unsupported inside where transformers has no such model with the task's head: T5 as a decoder, a ViT for text."""
+    try:
+        yield
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise Unsupported(
+            f"{cfg.path} ({cfg.kind}) cannot have the head of a {task.kind} task: transformers has no {task.model_class} of it"
+        ) from error
 
 
 def freeze(model: nn.Module, head: tuple[str, ...]) -> None:

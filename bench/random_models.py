@@ -65,7 +65,7 @@ def random_pair(kind: str, task: Task) -> tuple[nn.Module, Any]:
         raise UnknownModel(f"model.path='random:{kind}': the random architectures are {', '.join(RANDOM)}")
     seed = int(torch.randint(2**31, ()))
     labels = task.options().get("num_labels", 0)
-    model = random_model(kind, labels, seed, task.model_class if kind != "t5" else None)
+    model = random_model(kind, labels, seed, task.model_class)
     for key, value in task.options().items():
         setattr(model.config, key, value)
     if task.kind == "image":

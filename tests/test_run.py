@@ -162,3 +162,10 @@ def test_multirun_keeps_going_and_says_what_failed(tmp_path):
         assert any(line.startswith(method) and f" {expected} " in line for line in output.splitlines()), output
     assert "random:nothing" in cells["lora", "random:nothing"].reason
     assert "Traceback" in cells["lora", "random:nothing"].traceback
+
+
+def test_a_model_that_cannot_have_the_head_is_skipped(tmp_path):
+    record = run(
+        compose(["method=lora", "model=random_t5", "task=gsm8k", "data=standin", "wandb=off", f"results={tmp_path}"])
+    )
+    assert record.status == "skipped" and "transformers has no AutoModelForCausalLM of it" in record.reason
