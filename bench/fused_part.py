@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bench import layout
 from bench.fused_modules import Run
 from bench.turns import Member, Request
-from methods.base import Batch, trains
+from methods.base import Adapted, Added, Batch, trains
 
 if TYPE_CHECKING:
     from bench.clock import Phases
@@ -88,7 +88,7 @@ class Part:
             raise RuntimeError("frozen weights were changed, which other runs share")
 
     def _versions(self) -> int:
-        return sum(p._version for p in self.frozen)
+        return sum(t._version for t in self.frozen)
 
     def _forward(self, **batch: Tensor) -> Any:
         self.passed = None
@@ -98,9 +98,14 @@ class Part:
 
 
 def share(model: nn.Module, reference: dict[str, Tensor]) -> None:
-    """Let the frozen tensors lie where the first run's lie that are the same."""
+    """Let the frozen tensors lie where the first run's lie that are the same, but for those of a method's own layers.
+
+    A buffer there may count something.
+    """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        plain = type(tensor) in (nn.Parameter, Tensor) and not trains(tensor)  # type: ignore[arg-type]
-        first = reference.setdefault(name, tensor.detach()) if plain else None
-        if first is not None and first.shape == tensor.shape and torch.equal(first, tensor.detach()):
+        own = isinstance(model.get_submodule(name.rpartition(".")[0]), Adapted | Added)
+        if own or type(tensor) not in (nn.Parameter, Tensor) or trains(tensor):  # type: ignore[arg-type]
+            continue
+        first = reference.setdefault(name, tensor.detach())
+        if first.shape == tensor.shape and torch.equal(first, tensor.detach()):
             tensor.data = first

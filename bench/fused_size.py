@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bench.clock import synchronize
 from bench.fused_modules import Run, Unfusable
 from bench.fused_stack import Stack
-from bench.untouched import perturbed
+from bench.untouched import perturbed, untouched
 
 if TYPE_CHECKING:
     from bench.fused import Forward
@@ -31,7 +31,7 @@ TOLERANCE = {
 def measured(stack: Stack, requests: Sequence[Forward], *, timed: bool) -> int:
     """How many of these runs to compute at once: the number at which one costs the least.
 
-    Nothing is left behind: no gradient, no draw. Raises Unfusable where alone costs less, or the results are not the same.
+    Nothing is left behind: no gradient, no draw, no buffer. Raises Unfusable where alone costs less, or the results are not the same.
     """
     runs = [request.run(i) for i, request in enumerate(requests)]
     before = [(r.draws.torch.get_state(), r.draws.cuda) for r in runs]
@@ -54,11 +54,14 @@ def measured(stack: Stack, requests: Sequence[Forward], *, timed: bool) -> int:
         return [(x.detach(), _gradients([x], own)) for x, own in zip(losses, trained, strict=False)]
 
     try:
-        with ExitStack() as others:  # a change that starts as none would not show what becomes of it
-            for request in requests:
-                others.enter_context(perturbed(request.part.model))
-            _check(at_once(len(runs)), alone(len(runs)))
-        return _best(alone, at_once, len(runs), runs[0].batch["labels"].device) if timed else len(runs)
+        with ExitStack() as around:
+            for request in requests:  # a method may count what passes, as importance
+                around.enter_context(untouched(request.part.model))
+            with ExitStack() as others:  # a change that starts as none would not show what becomes of it
+                for request in requests:
+                    others.enter_context(perturbed(request.part.model))
+                _check(at_once(len(runs)), alone(len(runs)))
+            return _best(alone, at_once, len(runs), runs[0].batch["labels"].device) if timed else len(runs)
     finally:
         anew(len(runs))
 

@@ -96,6 +96,8 @@ METHODS = {
     "bitfit": (SEEDS, ["method=bitfit"]),
     "ln_tuning": (SEEDS, ["method=ln_tuning"]),
     "linear_probe": (SEEDS, ["method=linear_probe"]),
+    "adalora": (SEEDS, ["method=adalora"]),
+    "increlora": ([["seed=0"], ["seed=1"], ["seed=2"]], ["method=increlora"]),  # counts importance, grows
     "mezo": (SEEDS, ["method=compose", "method.parts={lora: {rank: 4}, mezo: {}}"]),
 }
 
