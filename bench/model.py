@@ -77,7 +77,7 @@ def _of_a_kind(cfg: ModelConfig, task: Task) -> Iterator[None]:
         if "Unrecognized configuration class" not in str(error):
             raise
         raise Unsupported(
-            f"{cfg.path} ({cfg.kind}) cannot have the head of a {task.kind} task: transformers has no {task.model_class} of it"
+            f"{cfg.path} cannot have the head of a {task.kind} task: transformers has no {task.model_class} of it"
         ) from error
 
 
