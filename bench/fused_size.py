@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("bench")
 REPEATS = 3
 Found = tuple[Tensor, list[Tensor | None]]  # a run's loss and its gradients
-TOLERANCE = {
-    torch.float32: 1e-4,
-    torch.float64: 1e-8,
-}  # of the loss, and of a run's largest gradient; half precision: 2e-2
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the loss, and of a run's largest gradient; in half 2e-2
 
 
 def measured(stack: Stack, requests: Sequence[Forward], *, timed: bool) -> int:

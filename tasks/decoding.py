@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REFILL = 0.75  # new prompts join once the batch is no fuller than this share: each prefill costs a forward of its own
-ALIKE = (
-    0.8  # of the longest prompt: shorter ones are read in a forward of their own, as padding costs as much as tokens
-)
+ALIKE = 0.8  # of the longest prompt: shorter ones are read in a forward of their own, since padding costs as much
 
 
 @dataclass
