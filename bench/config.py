@@ -85,6 +85,9 @@ class Config:
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     threads: int | None = None  # of torch on a CPU; null: torch's own choice
+    matmul: str = (
+        "auto"  # who computes fp32 products on a CPU: torch (MKL), onednn, auto: the faster one (bench/matmul.py)
+    )
     results: str = "results"
     save_state: bool = True  # keep the trained parameters beside the record
     spectra: bool = False  # after scoring: what happened to the singular vectors of every weight, spectra.parquet
@@ -103,6 +106,7 @@ class Config:
 
     def __post_init__(self) -> None:
         choose("wandb", self.wandb, ("auto", "online", "offline", "off"))
+        choose("matmul", self.matmul, ("auto", "onednn", "torch"))
         choose("isolate", str(self.isolate).lower(), ("auto", "true", "false"))
         if self.cells_per_gpu < 1 or self.lease <= 0:
             raise ValueError(f"cells_per_gpu={self.cells_per_gpu} must be at least 1, lease={self.lease} positive")

@@ -18,6 +18,8 @@ from typing import Any, Self
 
 import torch
 
+from bench import matmul
+
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "numpy", "peft")
 
 
@@ -63,6 +65,7 @@ def _flags() -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "cudnn_deterministic": torch.backends.cudnn.deterministic,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "matmul": matmul.used(),
         "matmul_precision": torch.get_float32_matmul_precision(),
     }
 

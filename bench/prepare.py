@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench import distributed
+from bench import distributed, matmul
 from bench.batches import TrainBatches, eval_batches
 from bench.config import Config
 from bench.encoded import Encoded, encode_splits
@@ -122,6 +122,7 @@ def find_device(config: Config) -> torch.device:
         raise ValueError(f"device={config.device}: no CUDA device is available here; use device=cpu or device=auto")
     if config.threads:
         torch.set_num_threads(config.threads)
+    matmul.use(config.matmul)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -27,6 +27,7 @@ _NOT_IDENTITY = (
     "wandb_project",
     "device",
     "threads",
+    "matmul",
     "data",
     "name",
     "save_state",

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from bench import matmul
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,6 +29,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", default="smollm2_135m")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--matmul", default="auto", help="of our side: auto, torch, onednn; generate has torch's")
     args = parser.parse_args()
     config, ready = trained(args)
     rows = list(ready.encoded["test"].rows)
@@ -56,7 +59,7 @@ def trained(args: argparse.Namespace) -> tuple[Any, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         values = {"train.steps": args.steps, "task.limit.train": 8 * args.steps, "task.limit.test": args.rows}
-        values |= {"task.limit.val": 1, "results": folder, "device": args.device}
+        values |= {"task.limit.val": 1, "results": folder, "device": args.device, "matmul": args.matmul}
         named = ["method=lora", f"model={args.model}", "task=gsm8k", "data=real", "wandb=off", "train.batch_size=8"]
         config = compose(
             named + ["task.metric=answer_logprob", "test=locked"] + [f"{k}={v}" for k, v in values.items()]
@@ -69,6 +72,7 @@ def trained(args: argparse.Namespace) -> tuple[Any, Any]:
 
 @torch.inference_mode()
 def ours(config: Any, ready: Any, rows: list[Any]) -> list[str]:
+    matmul.use(config.matmul)
     order = sorted(range(len(rows)), key=ready.encoded["test"].length, reverse=True)
     size = config.train.eval_batch_size
     prompts = [ready.task._prompt(rows[i], ready.processor) for i in order]
@@ -79,6 +83,7 @@ def ours(config: Any, ready: Any, rows: list[Any]) -> list[str]:
 
 @torch.inference_mode()
 def fixed(ready: Any, rows: list[Any]) -> list[str]:
+    matmul.use("torch")  # as in a process of its own
     task, tokenizer, texts = ready.task, ready.processor, []
     tokenizer.padding_side = "left"
     for i in range(0, len(rows), 16):

@@ -1,0 +1,91 @@
+"""fp32 matrix products on a CPU by oneDNN, where MKL leaves half of the machine unused.
+
+torch's builds for x86 give every fp32 product to MKL, whose AVX-512 code is for Intel's CPUs alone. torch carries oneDNN too, for
+convolutions and for compiled models; its products are as exact (fp32 throughout, summed in another order) and use the whole
+width on every maker's CPU. `python -m benchmarks.matmul` measures both.
+
+The two operators that all linear layers and their gradients come down to, `mm` and `addmm`, are given another kernel, as
+`torch.library` offers it. Other types, small factors, and layouts that oneDNN would take its reference code for stay torch's.
+Which of the two computes a product never depends on its number of rows (but for one row alone): a row is the same beside others.
+"""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAST = 2**15  # numbers of the second factor; below, the way through Python (6 us) costs more than is gained
+_kernels: Any = None  # while they stand
+
+
+def use(name: str) -> None:
+    """Compute the products of this process as `matmul=name` says. Raises ValueError where torch has no oneDNN."""
+    global _kernels
+    if name == "onednn" and not available():
+        raise ValueError(
+            f"matmul=onednn: torch {torch.__version__} has no oneDNN here; use matmul=auto or matmul=torch"
+        )
+    wanted = name == "onednn" or (name == "auto" and available() and _narrow())
+    if wanted and _kernels is None:
+        _kernels = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+            _kernels.impl("mm", _mm, "CPU")
+            _kernels.impl("addmm", _addmm, "CPU")
+    elif not wanted:
+        _kernels = None  # torch's own stand again
+
+
+def used() -> str:
+    """What computes products now: "onednn", or "torch"."""
+    return "torch" if _kernels is None else "onednn"
+
+
+@cache
+def available() -> bool:
+    """Whether this torch has oneDNN, and its linear layer for plain tensors."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def _narrow() -> bool:
+    """Whether MKL computes with half of this CPU's width: AVX-512, and not made by Intel."""
+    info = Path("/proc/cpuinfo")
+    maker = info.read_text() if info.exists() else platform.processor()
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.backends.mkl.is_available() and wide and "Intel" not in maker
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    if _fit(a, b):
+        return _product(a, b, None)
+    return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if _fit(a, b) and beta == alpha == 1 and bias.shape == b.shape[1:] and bias.is_contiguous():
+        return _product(a, b, bias)
+    return torch.addmm(bias, a, b, beta=beta, alpha=alpha, out=a.new_empty(a.shape[0], b.shape[1]))
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b.t(), bias, "none", [], "")
+    return found
+
+
+def _fit(a: Tensor, b: Tensor) -> bool:
+    """Whether oneDNN computes a (n, k) times b (k, m), and sooner."""
+    if b.numel() < LEAST or not a.dtype == b.dtype == torch.float32:
+        return False
+    return a.shape[0] > 1 and a.shape[1] == b.shape[0] and _dense(a) and _dense(b)
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether its numbers lie in memory without gaps, by rows or by columns."""
+    return x.is_contiguous() or x.t().is_contiguous()
