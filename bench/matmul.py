@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST = 2**15  # numbers of the second factor; below, the way through Python (6 us) costs more than is gained
+LEAST = (
+    2**12
+)  # numbers of the second factor; below, the start of oneDNN (10 us) is gained back by thousands of rows alone
+WORK = 2**20  # multiplications of the gradient of a weight, which sums over rows: likewise
 _kernels: Any = None  # while they stand
 
 
@@ -82,6 +85,8 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 def _fit(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN computes a (n, k) times b (k, m), and sooner."""
     if b.numel() < LEAST or not a.dtype == b.dtype == torch.float32:
+        return False
+    if not a.is_contiguous() and a.numel() * b.shape[1] < WORK:
         return False
     return a.shape[0] > 1 and a.shape[1] == b.shape[0] and _dense(a) and _dense(b)
 

@@ -81,6 +81,15 @@ def test_a_row_is_the_same_beside_others() -> None:
         assert torch.equal(F.linear(x[:rows], w, b), whole[:rows]), rows
 
 
+def test_small_products_are_torchs() -> None:
+    """Narrow layers with few rows, whose time is that of a call; the gradient of a weight counts what it sums over."""
+    matmul.use("onednn")
+    x, narrow, wide = factor(300, 48, "rows"), factor(48, 48, "rows"), factor(48, 96, "rows")
+    assert calls(lambda: x @ narrow) == 0 and calls(lambda: x @ wide) == 1
+    sums = [calls(lambda n=n: factor(48, n, "columns") @ factor(n, 96, "rows")) for n in (60, 600)]
+    assert sums == [0, 1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_are_torchs(dtype: torch.dtype) -> None:
     a, b = factor(48, 160, "rows").to(dtype), factor(160, 256, "rows").to(dtype)
