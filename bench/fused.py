@@ -134,6 +134,5 @@ def _part(here: Member, ready: Prepared, config: Config, phases: Phases) -> Part
     if distributed.launched() > 1:
         raise Unfusable("torchrun computes one run on all devices")
     assert isinstance(here.turns, Team)
-    here.turns.threads = config.threads or here.turns.threads
     share(ready.model, here.turns.reference)
     return Part(here, ready.model, phases, packed=ready.packed)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
@@ -23,12 +24,13 @@ class FusedLauncher(Launcher):
     """Runs jobs whose `kin` is the same together, up to `runs` at once; the others in turn, each with a line that says why.
 
     timed: measure on the first batches how many at once cost the least, which may be none; else always all.
+    processes: that share `runs` among them, each with its part of torch's threads; null: what `_processes` finds.
     """
 
-    def __init__(self, runs: int = 8, timed: bool = True):
-        if runs < 1:
-            raise ValueError(f"hydra.launcher.runs={runs} must be at least 1")
-        self.runs, self.timed = runs, timed
+    def __init__(self, runs: int = 8, timed: bool = True, processes: int | None = None):
+        if runs < 1 or (processes is not None and processes < 1):
+            raise ValueError(f"hydra.launcher.runs={runs} and hydra.launcher.processes={processes} must be at least 1")
+        self.runs, self.timed, self.processes = runs, timed, processes
 
     def setup(self, *, hydra_context: Any, task_function: Callable[..., Any], config: DictConfig) -> None:
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
@@ -45,7 +47,7 @@ class FusedLauncher(Launcher):
                 log.info("#%d : %s", initial_job_idx + k, " ".join(filter_overrides(job_overrides[k])))
             if len(team) == 1:
                 log.info("not fused: no other job has its method, model, task and batches")
-            found |= dict(zip(team, self._together([jobs[k] for k in team]), strict=True))
+            found |= self._spread({k: jobs[k] for k in team})
             self._log_of_the_sweep()
         return [found[k] for k in range(len(jobs))]
 
@@ -54,6 +56,22 @@ class FusedLauncher(Launcher):
         with open_dict(job):
             job.hydra.job.id = job.hydra.job.num = number
         return job
+
+    def _spread(self, jobs: dict[int, DictConfig]) -> dict[int, JobReturn]:
+        """What each job returned; in several processes at the same time, or all in this one."""
+        from bench.fused_processes import apart, split
+
+        threads = jobs[min(jobs)].threads or torch.get_num_threads()
+        count = self.processes or _processes(jobs[min(jobs)], threads, self.runs)
+        parts = split([*jobs], count)
+
+        def body(part: list[DictConfig]) -> list[JobReturn]:
+            torch.set_num_threads(max(1, threads // len(parts)))
+            return self._together(part)
+
+        given = [[jobs[k] for k in part] for part in parts]
+        returned = apart(given, body) if count > 1 else [body(part) for part in given]
+        return {k: job for part, found in zip(parts, returned, strict=True) for k, job in zip(part, found, strict=True)}
 
     def _together(self, jobs: list[DictConfig]) -> list[JobReturn]:
         """One thread each, where there is more than one; signals reach all of them."""
@@ -87,6 +105,12 @@ def kin(job: DictConfig) -> str:
     kept["train"] = {k: v for k, v in own["train"].items() if k not in OWN}  # type: ignore[union-attr, index]
     kept["method"] = str(job.hydra.runtime.choices.method)
     return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _processes(job: DictConfig, threads: int, runs: int) -> int:
+    """On a CPU as many as have a thread and four runs each; a GPU has one."""
+    on_cpu = job.device == "cpu" or (job.device == "auto" and not torch.cuda.is_available())
+    return max(1, min(threads, runs // 4)) if on_cpu else 1
 
 
 def teams(kins: Sequence[str], most: int) -> list[list[int]]:

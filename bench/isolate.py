@@ -143,7 +143,7 @@ def _folder() -> Path:
     return folder
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask Linux for a SIGTERM at the parent's death: the run then writes its checkpoint and ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -151,9 +151,9 @@ def _die_with_parent() -> None:
 
 def main(requests: str, *modules: str) -> int:
     """The server of `warm.py`; in each of its children one run, whose job is in the first of the files."""
-    _die_with_parent()
+    die_with_parent()
     text, trace, *_ = serve(int(requests), list(modules))
-    _die_with_parent()
+    die_with_parent()
     faulthandler.enable(file=trace)
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s][%(name)s] %(message)s")
     with open(text) as file:

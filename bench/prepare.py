@@ -22,6 +22,7 @@ from bench.padding import choose_padding
 from bench.prefix import Prefix, keep_evaluating
 from bench.sharding import in_step, shard, shards
 from bench.train import Stop, autocast, to_device
+from bench.turns import member
 from methods.base import Batch, Method, Unsupported
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def find_device(config: Config) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={config.device}: no CUDA device is available here; use device=cpu or device=auto")
-    if config.threads:
+    if config.threads and member() is None:  # a team has its threads from `fused_launcher.py`
         torch.set_num_threads(config.threads)
     matmul.use(config.matmul)
     if config.train.deterministic:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +103,17 @@ def _setting() -> tuple[str, dict[str, str]]:
     return os.getcwd(), dict(os.environ)
 
 
-def serve(number: int, modules: list[str]) -> list[int]:
-    """The server's side, on the socket with this file number. Returns in each child, with its files; else never."""
+def imported(modules: Sequence[str] = MODULES) -> None:
+    """Import what children will ask for, before they are forked."""
     with uncollected():
         for name in modules:
             importlib.import_module(name)
     gc.freeze()  # of what was imported nothing is garbage: no child looks through it, or copies its pages
+
+
+def serve(number: int, modules: list[str]) -> list[int]:
+    """The server's side, on the socket with this file number. Returns in each child, with its files; else never."""
+    imported(modules)
     child = 0
 
     def forward(number: int, frame: object) -> None:
@@ -120,7 +125,7 @@ def serve(number: int, modules: list[str]) -> list[int]:
 
     with socket.socket(fileno=number) as requests, handling(forward):
         while received := _received(requests):
-            with _held_back():
+            with held_back():
                 child = os.fork()
             if not child:
                 return received
@@ -139,7 +144,7 @@ def _received(requests: socket.socket) -> list[int]:
 
 
 @contextlib.contextmanager
-def _held_back() -> Iterator[None]:
+def held_back() -> Iterator[None]:
     """Signals wait for the end of the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

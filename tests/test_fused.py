@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import signal
 import subprocess
@@ -13,11 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hydra.core.utils import JobReturn, JobStatus
 
 from bench import fused_modules, fused_size
 from bench.config import compose
 from bench.fused import Team
 from bench.fused_launcher import teams
+from bench.fused_processes import apart
 from bench.record import Record
 from bench.run import run
 from bench.turns import Request, Turns, member
@@ -271,11 +274,13 @@ def test_teams_keep_the_order_and_the_size():
     assert teams(["a", "b", "a", "a", "b"], 2) == [[0, 2], [1, 4], [3]]
 
 
-def test_the_launcher(cells, backbones, tmp_path):
-    """Two of one kin at once, one in turn, records and table as ever."""
+@pytest.mark.parametrize(("processes", "seeds"), [(1, "0"), (2, "0,1")])
+def test_the_launcher(processes, seeds, cells, backbones, tmp_path):
+    """Two of one kin at once in each process, records and table as ever."""
     given = [
         "method=lora,bitfit",
-        "seed=0",
+        f"seed={seeds}",
+        f"hydra.launcher.processes={processes}",
         "train.lr=1e-3",
         "task=rte",
         "data=standin",
@@ -298,7 +303,20 @@ def test_the_launcher(cells, backbones, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     records = [Record.load(p) for p in (tmp_path / "fused").glob("*/record.json")]
-    assert sorted((r.method, r.status) for r in records) == [("bitfit", "ok")] * 2 + [("lora", "ok")] * 2
-    assert fused_counts(records) == [2] * 4
-    assert sum(" ok " in line for line in done.stdout.splitlines()) == 4
+    runs = 2 * processes
+    assert sorted((r.method, r.status) for r in records) == [("bitfit", "ok")] * runs + [("lora", "ok")] * runs
+    assert fused_counts(records) == [2] * 2 * runs, done.stdout
+    assert sum(" ok " in line for line in done.stdout.splitlines()) == 2 * runs
     assert json.loads((tmp_path / "fused" / records[0].id / "record.json").read_text())["environment"]["fused"]["rule"]
+
+
+def test_what_dies_with_its_process_has_failed():
+    def body(part):
+        if part == ["dies"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [JobReturn(status=JobStatus.COMPLETED, _return_value=f"error: {job}") for job in part]
+
+    dead, alive = apart([["dies"], ["a", "b"]], body)
+    assert [job.return_value for job in alive] == ["error: a", "error: b"]
+    with pytest.raises(RuntimeError, match="1 runs died of SIGKILL"):
+        dead[0].return_value  # noqa: B018
