@@ -10,19 +10,24 @@ from typing import TYPE_CHECKING, Any
 from bench.config import Config
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Sequence
 
     from tasks import Task
     from tasks.data import DataConfig
 
 TOKENS = 128  # of a row of text where no rows are at hand to be measured
 CHARACTERS = 4.0  # per token of English
+LOOKED_AT = 1024  # of the longest rows
+KINDS = ("weights", "gradients", "optimizer", "activations")
 ROW_BYTES = 40  # of a prediction on disk
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One run: FLOPs of everything, bytes, and how many optimizer steps. `note`: why it is skipped, or what is unknown."""
+    """One run: FLOPs of everything, bytes, and how many optimizer steps. `note`: why it is skipped, or what is unknown.
+
+    `memory` is what the record will call its peak: on a CPU bytes by kind, on a GPU the most that live at once.
+    """
 
     steps: int = 0
     train: float = 0.0
@@ -31,14 +36,15 @@ class Cost:
     memory: int = 0
     disk: int = 0
     note: str = ""
+    advice: str = ""  # where it exceeds the device's memory
 
     @property
     def flops(self) -> float:
         return self.train + self.evaluate
 
 
-def cost(config: Config) -> Cost:
-    """Count one run. Raises Unsupported where it would be skipped, UnknownShape where the model's size is not known."""
+def cost(config: Config, *, gpu: bool = False) -> Cost:
+    """Count one run, on a CPU or a GPU. Raises Unsupported where it would be skipped, UnknownShape where the model's size is not known."""
     from bench.shapes import UnknownShape
 
     task, train = config.task, config.train
@@ -51,8 +57,8 @@ def cost(config: Config) -> Cost:
         else max(1, round((train.epochs or 0) * math.ceil(rows["train"] / train.batch_size)))
     )
     micro = -(-train.batch_size // train.accumulate)
-    mean, longest = lengths(config)
-    one = _counted(config, micro, mean, longest)
+    mean, _ = lengths(config)
+    one, peak = _counted(config, [mean] * micro, longest(config, micro), gpu=gpu)
     evaluations = (
         (steps // train.eval_every if train.eval_every else max(1, math.ceil(train.epochs or 1))) if steps else 1
     )
@@ -64,22 +70,22 @@ def cost(config: Config) -> Cost:
         steps=steps,
         train=float(steps * train.accumulate * one["train_step"]),
         evaluate=scored * (forward + generated),
-        trained=one["trained"],
-        memory=one["memory"],
-        disk=one["stored"] * config.save_state + ROW_BYTES * (rows["val"] + rows["test"]),
+        trained=one["trained_params"],
+        memory=peak["live"] if gpu else sum(peak[kind] for kind in KINDS),
+        disk=one["stored_bytes"] * config.save_state + ROW_BYTES * (rows["val"] + rows["test"]),
     )
 
 
-def _counted(config: Config, rows: int, tokens: int, longest: int) -> dict[str, int]:
-    """What the shape of the model says: FLOPs of a micro-batch, parameters, bytes at the longest rows.
+def _counted(config: Config, *lengths: Sequence[int], gpu: bool = False) -> list[dict[str, int]]:
+    """The `footprint` of a micro-batch for each of `lengths`.
 
-    All of them are linear in the number of classes, so that many data sets of one kind need two countings.
+    All of it is linear in the number of classes, so that many data sets of one kind need two countings.
     """
     labels = getattr(config.task, "labels", 0)
     if labels <= 3:  # one is a regression: another loss
-        return _shape(config, rows, tokens, longest)
-    two, three = (_shape(_with_labels(config, n), rows, tokens, longest) for n in (2, 3))
-    return {key: two[key] + (labels - 2) * (three[key] - two[key]) for key in two}
+        return [_footprint(config, rows, gpu) for rows in lengths]
+    two, three = (_counted(_with_labels(config, n), *lengths, gpu=gpu) for n in (2, 3))
+    return [{k: a[k] + (labels - 2) * (b[k] - a[k]) for k in a} for a, b in zip(two, three, strict=True)]
 
 
 def _with_labels(config: Config, labels: int) -> Config:
@@ -89,17 +95,14 @@ def _with_labels(config: Config, labels: int) -> Config:
 _known: dict[str, dict[str, int]] = {}  # data sets of one kind differ in their rows alone
 
 
-def _shape(config: Config, rows: int, tokens: int, longest: int) -> dict[str, int]:
-    from bench.model import counts
+def _footprint(config: Config, lengths: Sequence[int], gpu: bool) -> dict[str, int]:
+    from bench.footprint import footprint
 
-    task = config.task
-    key = repr((config.method, config.model, task.model_class, task.options(), rows, tokens, longest))
+    task, train = config.task, config.train
+    how = train.gradient_checkpointing, train.offload, train.padding, train.precision, train.accumulate > 1, gpu
+    key = repr((config.method, config.model, task.model_class, task.options(), how, lengths))
     if key not in _known:
-        model, head = _applied(config)
-        kept, one = counts(model, head), _probe(model, config, rows, tokens)
-        peak = one if longest <= tokens else _probe(model, config, rows, longest)
-        memory = _bytes(model, config.method.backward) + peak["activations"]
-        _known[key] = one | {"trained": kept["trained_params"], "stored": kept["stored_bytes"], "memory": memory}
+        _known[key] = footprint(config, lengths, gpu=gpu)
     return _known[key]
 
 
@@ -133,16 +136,26 @@ def lengths(config: Config) -> tuple[int, int]:
     allowed = min(config.model.max_length or 512, config.task.max_length)
     if not (found := _characters(config)):
         return min(allowed, TOKENS), allowed
+    return _tokens(config, found[0], allowed), _tokens(config, found[1], allowed)
+
+
+def longest(config: Config, rows: int) -> list[int]:
+    """Tokens of the `rows` longest training rows, longest first."""
+    whole, found = lengths(config)[1], _characters(config)[1 : 1 + rows] if config.task.kind != "image" else ()
+    each = [_tokens(config, n, whole) for n in found]
+    return each + [each[-1] if each else whole] * (rows - len(each))
+
+
+def _tokens(config: Config, characters: float, allowed: int) -> int:
     each = 1.0 if config.model.path.startswith("random:") else CHARACTERS  # these read bytes
-    mean, longest = (min(allowed, max(8, round(n / each) + 3)) for n in found)
-    return mean, longest
+    return min(allowed, max(8, round(characters / each) + 3))
 
 
 _lengths: dict[str, tuple[float, ...]] = {}  # of a task's rows, which take a while to be looked for
 
 
 def _characters(config: Config) -> tuple[float, ...]:
-    """Mean and largest characters of a training row; nothing where no rows can be had here."""
+    """Mean characters of a training row, and those of the longest ones; nothing where no rows can be had here."""
     key = repr((config.task, config.data))
     if key not in _lengths:
         _lengths[key] = _measured(config.task, config.data)
@@ -158,50 +171,4 @@ def _measured(task: Task, data: DataConfig) -> tuple[float, ...]:
         return ()
     texts = rows.to_pandas().drop(columns="row_id").astype(str)
     found = texts.apply(lambda column: column.str.len()).sum(axis=1)
-    return float(found.mean()), float(found.max())
-
-
-def _applied(config: Config) -> tuple[nn.Module, set[int]]:
-    """The model from its shape, with the method applied; ids of the head's parameters."""
-    import torch
-
-    from bench.shapes import skeleton
-
-    model = skeleton(config.model, config.task)
-    head = {id(p) for p in model.parameters() if p.requires_grad}
-    method = config.method
-    if getattr(method, "start", None) == "fisher":  # looks at data and weights; counts are the same
-        method = replace(method, start="random")
-    with torch.device("meta"):
-        model = method.apply(model, iter(()))
-    return model, head
-
-
-def _probe(model: nn.Module, config: Config, rows: int, tokens: int) -> dict[str, int]:
-    """FLOPs and activations of one micro-batch of `rows` x `tokens`."""
-    from bench import measure
-
-    batch = _batch(model, config, rows, tokens)
-    return measure.probe(model, batch, lambda b: model(**b).loss, backward=config.method.backward)
-
-
-def _batch(model: Any, config: Config, rows: int, tokens: int) -> dict[str, Any]:
-    import torch
-
-    with torch.device("meta"):
-        if config.task.kind == "image":
-            size = model.config.image_size
-            pixels = torch.zeros(rows, 3, size, size)
-            return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}
-        ids = torch.zeros(rows, tokens, dtype=torch.long)
-        one = not config.task.model_class.endswith(("LM", "LMHeadModel"))  # one label a row, or one a token
-        real = one and config.task.options().get("num_labels") == 1
-        labels = torch.zeros(rows, dtype=torch.float if real else torch.long) if one else ids
-        return {"input_ids": ids, "labels": labels}
-
-
-def _bytes(model: nn.Module, backward: bool) -> int:
-    """Weights; of what is trained, gradients and the two moments of AdamW."""
-    kept = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return kept + trained * (3 if backward else 0)
+    return float(found.mean()), *found.nlargest(LOOKED_AT).astype(float)

@@ -56,6 +56,7 @@ class Layout:
     lengths: list[int]  # real tokens of each row
     width: int  # positions of a padded row
     places: Tensor  # (T,) int64, ascending: each token's index into the padded rows, one behind the other
+    at_once: bool = False  # whether all rows attend at once, padded, as on a GPU
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of `like`: packed, and what it was made from
 
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from bench.clock import Phases, StepTimer, times
 from bench.environment import Energy, environment
 from bench.flops import counting, flops
+from bench.live import Live
 from bench.offload import Offload, View
 from bench.parts import parted
 from bench.prefix import train_mode
@@ -52,7 +54,9 @@ def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
     return _forward(model, run)[1]
 
 
-def _forward(model: nn.Module, run: Callable[[], Tensor], away: Offload | None = None) -> tuple[Tensor, int, int]:
+def _forward(
+    model: nn.Module, run: Callable[[], Tensor], away: Offload | None = None, live: Live | None = None
+) -> tuple[Tensor, int, int]:
     """The loss of `run()`, and the bytes that autograd keeps for its backward: here, and those that `away` keeps for it.
 
     Distinct storages alive at the end of the forward, each counted once and whole; those of the model's parameters and
@@ -64,7 +68,8 @@ def _forward(model: nn.Module, run: Callable[[], Tensor], away: Offload | None =
     there: dict[int, StorageWeakRef] = {}
 
     def pack(tensor: Tensor) -> Tensor | View:
-        packed = tensor if away is None else away.pack(tensor)
+        with live.aside() if live else nullcontext():
+            packed = tensor if away is None else away.pack(tensor)
         kept, place = (packed.copy.bytes, there) if isinstance(packed, View) else (packed, here)
         place |= {s._cdata: StorageWeakRef(s) for s in storages(kept) if s._cdata not in own}
         return packed
@@ -87,10 +92,12 @@ def probe(
     *,
     backward: bool = True,
     offload: str = "none",
+    live: Live | None = None,
 ) -> dict[str, int]:
     """FLOPs of one batch, `forward` (the loss) and `train_step` (with its backward); bytes kept between: `activations`.
 
     offload: as `train.offload`; the bytes that it keeps in the host's memory are `offloaded`, and no part of `activations`.
+    live: is active meanwhile, and has the most bytes at once afterwards.
 
     One pass. Leaves no trace: parameters, gradients, buffers, modes and random states are as before, and optimizer hooks on
     gradients do not fire. `backward=False` is for methods that only ever call the loss: their step is a forward.
@@ -98,11 +105,11 @@ def probe(
     trained = [p for p in model.parameters() if p.requires_grad]
     activations = offloaded = 0
     away = None if offload == "none" else Offload(model)
-    with untouched(model):
+    with untouched(model), live or nullcontext():
         train_mode(model)
         with counting() as counter:
             if backward:
-                value, activations, offloaded = _forward(model, lambda: loss(batch), away)
+                value, activations, offloaded = _forward(model, lambda: loss(batch), away, live)
             else:
                 with torch.no_grad():
                     loss(batch)

@@ -56,7 +56,7 @@ class Offload:
         if storage.nbytes() < SMALLEST or storage._cdata in self.own:
             return tensor
         state = storage._cdata, tensor._version  # changed in place it is copied again
-        copy = self.copies.get(state) or self.copies.setdefault(state, Copy(storage))
+        copy = self.copies.get(state) or self.copies.setdefault(state, Copy(storage, tensor.device))
         return View(copy, tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
 
     @staticmethod
@@ -65,18 +65,18 @@ class Offload:
         if isinstance(kept, Tensor):
             return kept
         storage = kept.copy.back()
-        return torch.empty(0, dtype=kept.dtype, device=storage.device).set_(storage, *kept[2:])  # type: ignore[call-overload]
+        return torch.empty(0, dtype=kept.dtype, device=kept.copy.device).set_(storage, *kept[2:])  # type: ignore[call-overload]
 
 
 class Copy:
     """The bytes of a storage in the host's memory, as long as something needs them."""
 
-    def __init__(self, storage: torch.UntypedStorage):
+    def __init__(self, storage: torch.UntypedStorage, device: torch.device):
         self.origin = StorageWeakRef(storage)  # while this lives, no other storage is taken for it
         self.there: StorageWeakRef | None = None  # the device's, while the backward pass uses it
-        self.device = storage.device
-        self.bytes = _room(storage.nbytes(), pinned=storage.device.type == "cuda")
-        self.bytes.copy_(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage), non_blocking=True)
+        self.device = device
+        self.bytes = _room(storage.nbytes(), pinned=device.type == "cuda")
+        self.bytes.copy_(torch.empty(0, dtype=torch.uint8, device=device).set_(storage), non_blocking=True)
 
     def back(self) -> torch.UntypedStorage:
         """A storage with these bytes on the device; one for all who ask while it lives."""

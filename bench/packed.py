@@ -28,12 +28,12 @@ POSITIONS = ("position_embeddings", "position_ids")  # what blocks are given bes
 NAME = "packed_{}"  # of an attention function, by that of the one it packs for
 
 
-def install(model: nn.Module) -> ExitStack:
+def install(model: nn.Module, layout_of: Callable[..., Layout | None] = Layout.of) -> ExitStack:
     """Let every forward of `model` that has padding run packed, until the result is closed. Raises `Unsupported`, with the reason."""
     blocks, end, backbone = stack(model)
     undo = ExitStack()
     _attend_packed(model, undo)
-    backbone.forward = packing(backbone.forward)  # type: ignore[method-assign]
+    backbone.forward = packing(backbone.forward, layout_of)  # type: ignore[method-assign]
     undo.callback(delattr, backbone, "forward")
     undo.callback(blocks[0].register_forward_pre_hook(_begin, prepend=True).remove)
     undo.callback(end.register_forward_hook(_end).remove)
@@ -64,7 +64,7 @@ def stack(model: nn.Module) -> tuple[list[nn.Module], nn.Module, nn.Module]:
     return [model.get_submodule(n) for n in names], end, backbone
 
 
-def packing(inner: Callable[..., Any]) -> Callable[..., Any]:
+def packing(inner: Callable[..., Any], layout_of: Callable[..., Layout | None] = Layout.of) -> Callable[..., Any]:
     """A backbone's `forward` that knows the layout of its mask."""
 
     @wraps(inner)
@@ -74,7 +74,7 @@ def packing(inner: Callable[..., Any]) -> Callable[..., Any]:
         if mask is None or mask.dim() != 2 or kwargs.get("past_key_values") is not None or any(map(kwargs.get, asked)):
             layout = None
         else:
-            layout = Layout.of(mask, getattr(mask, "host", None))
+            layout = layout_of(mask, getattr(mask, "host", None))
         with running(layout):
             return inner(*args, **kwargs)
 
@@ -148,4 +148,4 @@ def attend(
 
 def together(query: Tensor, layout: Layout, window: int | None) -> bool:
     """Whether all rows attend at once, padded: on a GPU, where many small kernels cost more, and in a window within a row."""
-    return query.is_cuda or (window is not None and max(layout.lengths) > window)
+    return query.is_cuda or layout.at_once or (window is not None and max(layout.lengths) > window)

@@ -1,35 +1,27 @@
 """python -m bench.plan experiment=NAME: the cells of a grid, what is skipped, hours, memory and disk, before anything runs.
 
 Each cell's model is built from its shape alone and its method applied to that, so that FLOPs, activations and parameters
-are counted, not guessed. Seconds are FLOPs / rate: the rate is measured here in a few seconds, or is a share of the named
+are counted, not guessed. Where a cell exceeds the GPU's memory, the plan says with which switches it fits. Seconds are FLOPs / rate: the rate is measured here in a few seconds, or is a share of the named
 GPU's peak (`--gpu`, `--share`), which is an assumption.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.config import CONF, Config, to_config
 from bench.estimate import CHARACTERS, ROW_BYTES, TOKENS, Cost, cost
+from bench.machine import GPUS, SHARE, around, calibrate, gpu_rate, own_memory
 
-# dense peaks in FLOP/s of the makers' data sheets, and GiB: fp32 on CUDA cores, bf16 (T4: fp16) on tensor cores
-GPUS = {
-    "t4": (8.1e12, 65e12, 15),
-    "rtx4090": (82.6e12, 165.2e12, 24),
-    "a100": (19.5e12, 312e12, 80),
-    "h100": (66.9e12, 989.4e12, 80),
-}
-SHARE = 0.3  # of a GPU's peak that training reaches
+SWITCHES: tuple[dict[str, Any], ...] = (
+    {"gradient_checkpointing": True},
+    {"offload": "activations"},
+    {"gradient_checkpointing": True, "offload": "activations"},
+)  # for less memory, the cheapest in time first
 
 
 @dataclass(frozen=True)
@@ -54,18 +46,21 @@ def main() -> int:
         "--share", type=float, default=SHARE, help="of its peak that training reaches (default %(default)s)"
     )
     args = parser.parse_args()
-    lines = list(plan(args.overrides))
+    lines = list(plan(args.overrides, GPUS[args.gpu][2] * 2**30 if args.gpu else own_memory()))
     rates = {p: gpu_rate(args.gpu, p, args.share) if args.gpu else calibrate() for p in {x.precision for x in lines}}
-    print(table(lines, rates, GPUS[args.gpu][2] if args.gpu else None, None if args.gpu else around()))
+    print(table(lines, rates, None if args.gpu else around()))
     print(explain(args.gpu, args.share, rates))
     return 0
 
 
-def plan(overrides: list[str]) -> Iterator[Line]:
-    """A line for each method, model and task of the grid that `python -m bench -m OVERRIDES` would run."""
+def plan(overrides: list[str], memory: int | None = None) -> Iterator[Line]:
+    """A line for each method, model and task of the grid that `python -m bench -m OVERRIDES` would run.
+
+    memory: bytes of the GPU that it would run on; None: a CPU.
+    """
     for config, runs, trainings in cells(overrides):
         c = config.choices
-        cost = _cost_of(config)
+        cost = _cost_of(config, memory)
         yield Line(c["method"], c["model"], c["task"], runs, trainings, cost, config.train.precision)
 
 
@@ -116,78 +111,39 @@ def _tuned(sweeper: Any, count: int) -> tuple[int, float]:
     return sum(sizes) + final, sum(n * s for n, s in zip(sizes, shares, strict=True)) + final
 
 
-def _cost_of(config: Config) -> Cost:
+def _cost_of(config: Config, memory: int | None) -> Cost:
     from bench.shapes import UnknownShape
     from methods.base import Unsupported
 
     try:
-        return cost(config)
+        found = cost(config, gpu=memory is not None)
+        return found if memory is None or found.memory <= memory else replace(found, advice=advice(config, memory))
     except Unsupported as error:
         return Cost(note=f"skipped: {error}")
     except UnknownShape as error:
         return Cost(note=f"unknown: {error}")
 
 
-def gpu_rate(gpu: str, precision: str, share: float) -> float:
-    """FLOP/s of a GPU: a share of its peak in the precision of the matrix products."""
-    return GPUS[gpu][precision != "fp32"] * share
-
-
-@cache
-def calibrate(seconds: float = 2.0) -> float:
-    """FLOP/s of training steps on this machine: a BERT of 2 x 384, batches of 8 x 64, random weights."""
-    import torch
-    import transformers
-
-    from bench import measure
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = dict(hidden_size=384, num_hidden_layers=2, num_attention_heads=6, intermediate_size=1536, vocab_size=1000)
-    with torch.random.fork_rng():
-        model = transformers.BertForSequenceClassification(transformers.BertConfig(**shape)).to(device).eval()  # type: ignore[arg-type]
-    batch = {"input_ids": torch.ones(8, 64, dtype=torch.long), "labels": torch.zeros(8, dtype=torch.long)}
-    batch = {k: v.to(device) for k, v in batch.items()}
-    work = measure.probe(model, batch, lambda b: model(**b).loss)["train_step"]
-    times: list[float] = []
-    while sum(times) < seconds or len(times) < 3:
-        start = time.perf_counter()
-        model(**batch).loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return work / sorted(times)[len(times) // 2]
-
-
-@cache
-def around() -> tuple[float, float]:
-    """Seconds that a command takes on this machine before its first run, and each of its runs beside its FLOPs.
-
-    Those of a real command with three runs of five steps of a tiny model. Raises RuntimeError where it fails.
-    """
-    tiny = ["method=lora", "model=random_bert", "task=rte", "data=standin", "wandb=off", "train.steps=5"]
-    limits = [f"task.limit.{split}=32" for split in ("train", "val", "test")]
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "bench", "-m", *tiny, *limits, "seed=0,1,2", f"results={folder}"]
-        begun = time.time()
-        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-        ends = sorted(record.stat().st_mtime for record in Path(folder).glob("*/record.json"))
-    if done.returncode:
-        raise RuntimeError(f"the command that is timed has failed: {done.stdout}{done.stderr}")
-    each = (ends[-1] - ends[0]) / (len(ends) - 1)
-    return ends[0] - begun - each, each
+def advice(config: Config, memory: int) -> str:
+    """For a run that exceeds these bytes of a GPU: the first of `SWITCHES` with which it fits, or that none of them does."""
+    least = None
+    for switches in SWITCHES:
+        found = cost(replace(config, train=replace(config.train, **switches)), gpu=True).memory
+        least = min(least or found, found)
+        if found <= memory:
+            said = " ".join(f"train.{k}={str(v).lower()}" for k, v in switches.items())
+            return f"out of memory; fits with {said} ({found / 2**30:.2f} GiB)"
+    return f"out of memory, also with checkpointing and offload ({(least or 0) / 2**30:.2f} GiB at least)"
 
 
 def table(
     lines: list[Line],
     rates: dict[str, float],
-    limit: float | None = None,
     beside: tuple[float, float] | None = None,
 ) -> str:
     """One aligned line per method, model and task, and their sum.
 
-    limit: GiB of the device, to mark what exceeds it. beside: what `around` returns; nothing by default.
+    beside: what `around` returns; nothing by default.
     """
     from bench.table import aligned
 
@@ -197,7 +153,6 @@ def table(
     for x in lines:
         h, c = (x.cost.flops * x.trainings / rates[x.precision] + each * x.runs) / 3600, x.cost
         hours, disk = hours + h, disk + c.disk * x.runs / 2**20
-        note = c.note or ("out of memory?" if limit and c.memory / 2**30 > limit else "")
         numbers = (
             ("-",) * 5
             if c.note
@@ -209,7 +164,7 @@ def table(
                 f"{c.disk * x.runs / 2**20:.1f}",
             )
         )
-        rows.append((x.method, x.model, x.task, str(x.runs), *numbers, note))
+        rows.append((x.method, x.model, x.task, str(x.runs), *numbers, c.note or c.advice))
     planned = [x for x in lines if not x.cost.note]
     peak = max((x.cost.memory for x in planned), default=0) / 2**30
     said = f"{hours:.2f}" if hours >= 1 else f"{hours:.3g}"
@@ -229,7 +184,8 @@ def explain(gpu: str | None, share: float, rates: dict[str, float]) -> str:
     )
     return (
         f"hours = (training + evaluation FLOPs, counted) / FLOP/s; FLOP/s: {said}, {where}; {beside}.\n"
-        f"memory = weights + trained x (gradient + 2 moments) + activations of the longest batch; disk = stored parameters "
+        f"memory, in a step on the longest rows: on a GPU the most bytes that live at once (CUDA itself, its allocator and "
+        f"scoring come on top), on a CPU weights + gradients + optimizer + activations, as records have it; disk = stored parameters "
         f"+ {ROW_BYTES} bytes per prediction. Tokens per row: characters / {CHARACTERS:g} of rows at hand, else {TOKENS}; "
         f"generated: as many as a task allows."
     )

@@ -46,7 +46,7 @@ import numpy as np
 import torch
 
 from bench import measure
-from bench.clock import Phases
+from bench.live import kinds
 from benchmarks.sides import HEAD, OURS, PEFT, Method, ours, pretrained, theirs
 from methods import Unsupported
 
@@ -88,18 +88,7 @@ def static(make: Method, shape: Shape) -> int:
     """Bytes of weights, gradients and optimizer state, after a step on the meta device."""
     with torch.device("meta"):
         model, method = make(pretrained(shape, "meta"))
-        optimizer = method.optimizer(model, 1e-3, 0.0)
-
-        def closure() -> torch.Tensor:
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p) if p.requires_grad and method.backward else None
-            return torch.zeros(())
-
-        if method.backward:
-            optimizer.step(closure)
-            method.after_step(model, 0, 100)
-    kinds = measure.memory(model, optimizer, Phases(), activations=0, backward=method.backward)
-    return int(kinds["peak"] or 0)
+        return sum(kinds(model, method).values())
 
 
 def kept(make: Method, shape: Shape, checkpointing: bool, device: str) -> int:

@@ -51,7 +51,7 @@ class HFT(Method):
     def draw(self, model: nn.Module) -> list[nn.Parameter]:
         """The parameters of a random half, from torch's global generator."""
         blocks = categories(model)
-        more = torch.zeros(len(blocks), dtype=torch.bool)
+        more = torch.zeros(len(blocks), dtype=torch.bool, device="cpu")
         more[torch.randperm(len(blocks), device="cpu")[: len(blocks) // 2]] = True
         frozen = []
         for block, one in zip(blocks, more.tolist(), strict=True):

@@ -85,7 +85,7 @@ class IST(Part):
         if not count or len(adapted_layers(model)) != count:
             raise Unsupported("IST turns the adapters of layers down and off, and here not every layer has its own")
         separate_layers(model)
-        self.scores, self.done = torch.zeros(count), 0
+        self.scores, self.done = torch.zeros(count, device="cpu"), 0
         self.draw(model)
 
     def draw(self, model: nn.Module) -> None:

@@ -10,12 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from bench import offload
-from bench.storage import storages
+from bench import measure, offload
+from bench.live import Live
 from benchmarks import __main__ as guard
 from benchmarks import memory, scaling, sides
 from benchmarks.floor import counted
@@ -73,45 +70,17 @@ def test_the_formulas_of_memory_predict_what_was_not_fitted(name):
     assert found.largest(24 * 2**30, 512, False) < big < found.largest(24 * 2**30, 512, True, True)
 
 
-class Live(TorchDispatchMode):
-    """Bytes of all storages alive after each operation, without what `offload` keeps in the host's memory: their peak."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.alive, self.away, self.peak = {}, {}, 0
-        self.add(*model.parameters(), *model.buffers())
-
-    def add(self, *tensors):
-        self.alive |= {s._cdata: StorageWeakRef(s) for t in tensors for s in storages(t) if s._cdata not in self.alive}
-
-    def room(self, size, pinned):
-        room = torch.UntypedStorage(size)
-        self.away[room._cdata] = StorageWeakRef(room)  # for good: nothing else gets its address
-        return torch.empty(0, dtype=torch.uint8).set_(room)
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        found = operation(*args, **(kwargs or {}))
-        self.add(*(t for t in tree_leaves(found) if isinstance(t, torch.Tensor)))
-        self.alive = {k: r for k, r in self.alive.items() if not r.expired()}
-        here = [r for k, r in self.alive.items() if k not in self.away]
-        self.peak = max(self.peak, sum(torch.UntypedStorage._new_with_weak_ptr(r.cdata).nbytes() for r in here))
-        return found
-
-
 @pytest.mark.parametrize("way", memory.WAYS.values(), ids=lambda way: f"checkpointing={way[0]} offload={way[1]}")
 def test_the_peak_of_memory_is_what_lives_at_once(way, monkeypatch):
     """At a size where the loss decides, as it does for a large model with few tokens."""
     shape = memory.Shape(512, 3, 8192, 128)
     model, _ = memory.ours("lora")(memory.pretrained(shape, "cpu", checkpointing=way[0]))
-    ids, live = torch.zeros(1, 128, dtype=torch.long), Live(model.train())
-    monkeypatch.setattr(offload, "_room", live.room)
     monkeypatch.setattr(offload, "SMALLEST", 1)
-    with live:
-        with offload.keeping(model, "activations" if way[1] else "none"):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+    batch = dict.fromkeys(("input_ids", "labels"), torch.zeros(1, 128, dtype=torch.long))
+    live, where = Live(model), "activations" if way[1] else "none"
+    cost = measure.probe(model, batch, lambda b: model(**b).loss, offload=where, live=live)
     assert live.peak == pytest.approx(fitted("lora").bytes(shape, *way), rel=0.02)
-    assert bool(live.away) == way[1]
+    assert ("offloaded" in cost) == way[1]
 
 
 def qloras():
