@@ -42,14 +42,12 @@ log = logging.getLogger("bench")
 
 
 class Features:
-    """The stored features of a split: for row i a (positions, width) tensor, or (width,) where `flat`.
+    """The stored features of a split; `packed`: given without padding."""
 
-    `width` is that of all kept states together.
-    """
-
-    def __init__(self, table: pa.Table):
+    def __init__(self, table: pa.Table, packed: bool):
         self.table = table
         self.plan = Plan(**json.loads(table.schema.metadata[b"plan"]))
+        self.packed = packed and not self.plan.first
 
     @cached_property
     def _chunks(self) -> list[tuple[Any, Any]]:
@@ -61,13 +59,8 @@ class Features:
         return found
 
     def batch(self, indices: list[int]) -> Tensor:
-        """(rows, most positions among them, width), zeros behind shorter rows; (rows, width) where `flat`."""
-        rows = [self._bytes(i) for i in indices]
-        whole = np.zeros((len(rows), max(len(r) for r in rows)), np.uint8)
-        for line, row in zip(whole, rows, strict=True):
-            line[: len(row)] = row
-        found = torch.from_numpy(whole).view(getattr(torch, self.plan.dtype))
-        return found if self.plan.flat else found.view(len(rows), -1, self.plan.width)
+        """As `Plan.read`."""
+        return self.plan.read([self._bytes(i) for i in indices], self.packed)
 
     def row(self, i: int) -> dict[str, Any]:
         """Row `i` as it was encoded, but zeros for pixels, which nobody reads any more."""
@@ -103,7 +96,7 @@ def use(ready: Prepared, config: Config, phases: Phases, stop: Stop) -> dict[str
     if any(table is None for table in tables):
         return _off("they cannot be written")
     for encoded, table in zip(splits.values(), tables, strict=True):
-        encoded.features = Features(table)
+        encoded.features = Features(table, ready.packed)
     log.info("features are kept: %s in place of frozen blocks", about)
     positions = "first" if plan.first else "all"
     return {"prefix": ready.prefix.names, "states": len(plan.kept), "positions": positions, "bytes": size}

@@ -1,4 +1,7 @@
-"""How little of each row's features must be kept, and all of them computed, a chunk at a time."""
+"""How little of each row's features must be kept, and all of them computed, a chunk at a time.
+
+A row's bytes are its states one behind the other, (states, positions, width): in a batch each state is a tensor without gaps.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.lookup import NAME, Lookup
 from bench.train import Stop, autocast, to_device
@@ -34,7 +37,7 @@ class Plan:
     flat: bool
     positions: int  # of an image, or of the longest row that was tried
     kept: list[int]  # states of the prefix (`Prefix.read`)
-    width: int  # of all of them together
+    width: int  # of each
     dtype: str
     arrays: dict[str, list[int]]  # shapes of what is not made again: pixels
 
@@ -53,19 +56,44 @@ class Plan:
     @property
     def _each(self) -> int:
         """Bytes of a position."""
-        return self.width * getattr(torch, self.dtype).itemsize
+        return len(self.kept) * self.width * getattr(torch, self.dtype).itemsize
 
-    def rows(self, hidden: Tensor, lengths: list[int]) -> list[Tensor]:
-        """Of (batch, positions, width) the kept positions of each row; of (batch, width) each row."""
+    def write(self, states: Tensor, lengths: list[int]) -> list[bytes]:
+        """The bytes of each row of (states, batch, positions, width), or of (1, batch, width) where `flat`."""
         if self.flat:
-            return list(hidden)
-        return [row[: 1 if self.first else length or len(row)] for row, length in zip(hidden, lengths, strict=True)]
+            rows = list(states[0])
+        else:
+            ends = [1 if self.first else length or None for length in lengths]
+            rows = [states[:, i, :end] for i, end in enumerate(ends)]
+        return [row.contiguous().cpu().view(torch.uint8).numpy().tobytes() for row in rows]
 
-    def tries(self, hidden: Tensor, lengths: list[int]) -> Iterator[Tensor]:
-        """What the network may be given for `hidden`: with NaN wherever it should not read, then what is kept."""
+    def read(self, rows: list[Any], packed: bool) -> Tensor:
+        """Rows of bytes as (states, rows, most positions among them, width), zeros behind shorter rows.
+
+        One row behind the other, (states, tokens, width), where `packed`; (rows, width) where `flat`.
+        """
+        if self.flat:
+            whole = np.stack(rows)
+        else:
+            parts = [row.reshape(len(self.kept), -1, self._each // len(self.kept)) for row in rows]
+            whole = np.concatenate(parts, 1) if packed else _padded(parts)
+        return torch.from_numpy(whole).view(getattr(torch, self.dtype))
+
+    def tries(self, states: Tensor, lengths: list[int], packed: bool) -> Iterator[Tensor]:
+        """What the network may be given for `states`: with NaN wherever it should not read, then what is kept."""
         if self.first:
-            yield torch.cat([hidden[:, :1], torch.full_like(hidden[:, 1:], torch.nan)], 1)
-        yield nn.utils.rnn.pad_sequence(self.rows(hidden, lengths), batch_first=True)
+            yield torch.cat([states[:, :, :1], torch.full_like(states[:, :, 1:], torch.nan)], 2)
+        rows = [np.frombuffer(row, np.uint8) for row in self.write(states, lengths)]
+        yield self.read(rows, packed and not self.first).to(states.device)
+
+
+def _padded(parts: list[Any]) -> Any:
+    """(states, rows, most positions, bytes) of arrays (states, positions, bytes)."""
+    states, _, size = parts[0].shape
+    whole = np.zeros((states, len(parts), max(part.shape[1] for part in parts), size), np.uint8)
+    for i, part in enumerate(parts):
+        whole[:, i, : part.shape[1]] = part
+    return whole
 
 
 class Computing:
@@ -94,10 +122,10 @@ class Computing:
         states = self._states(self._batch(encoded, [row]))
         if len({(s.shape, s.dtype) for s in states}) > 1:
             return []
-        hidden = torch.cat(states, -1)
+        hidden = states[0]
         dtype, positions = str(hidden.dtype).removeprefix("torch."), hidden.shape[1]
         about: Any = dict(kept=self.lookup.kept, width=hidden.shape[-1], dtype=dtype, arrays=arrays)
-        if hidden.dim() == 2:
+        if hidden.dim() == 2 and len(states) == 1:
             return [Plan(first=False, flat=True, positions=1, **about)]
         if hidden.dim() != 3 or encoded.length(i) not in (0, positions):
             return []
@@ -107,10 +135,10 @@ class Computing:
         """Whether loss and, of one row, logits are the same where the network reads `plan`'s features and no pixels."""
         batch, lengths = self._batch(encoded, [encoded[i] for i in indices]), [encoded.length(i) for i in indices]
         blind = batch | {name: torch.zeros_like(batch[name]) for name in plan.arrays}
-        hidden, expected = self._hidden(batch), self._run(batch)
+        states, expected = torch.stack(self._states(batch)), self._run(batch)
         names = ("loss", "logits") if len(indices) == 1 else ("loss",)
-        close = TOLERANCE.get(hidden.dtype if self.precision == "fp32" else torch.bfloat16, 2e-2)
-        for features in plan.tries(hidden, lengths):
+        close = TOLERANCE.get(states.dtype if self.precision == "fp32" else torch.bfloat16, 2e-2)
+        for features in plan.tries(states, lengths, self.ready.packed):
             found = self._run(blind | {NAME: features})
             if not all(torch.allclose(found[n], expected[n], rtol=close, atol=close) for n in names):
                 return False
@@ -137,19 +165,15 @@ class Computing:
         for part in (indices[k : k + self.size] for k in range(0, len(indices), self.size)):
             self.stop.check()
             rows = [encoded[i] for i in part]
-            hidden = self._hidden(self._batch(encoded, rows)).cpu()
-            kept = plan.rows(hidden, [encoded.length(i) for i in part])
+            states = torch.stack(self._states(self._batch(encoded, rows)))
+            kept = plan.write(states.cpu(), [encoded.length(i) for i in part])
             for i, row, values in zip(part, rows, kept, strict=True):
                 facts = {k: v for k, v in row.items() if k not in plan.arrays} if plan.arrays else {}
-                found[i] = values.contiguous().view(torch.uint8).numpy().tobytes(), json.dumps(facts)
+                found[i] = values, json.dumps(facts)
         return found
 
     def _batch(self, encoded: Encoded, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         return to_device(encoded.task.collate(rows, encoded.processor), self.ready.device)
-
-    def _hidden(self, batch: dict[str, Tensor]) -> Tensor:
-        """The kept states, side by side."""
-        return torch.cat(self._states(batch), -1)
 
     @torch.no_grad()
     def _states(self, batch: dict[str, Tensor]) -> list[Tensor]:

@@ -54,11 +54,20 @@ def keep_evaluating(model: nn.Module, batch: Batch) -> Prefix | None:
 
 
 def train_mode(model: nn.Module) -> None:
-    """`model.train()`, but for what `keep_evaluating` found."""
-    model.train()
-    for module in model.modules():
-        if vars(module).get("always_eval"):
-            module.eval()
+    """`model.train()`, but for what `keep_evaluating` found; where it is so already, a glance, as each step asks for it."""
+    if not model.training:
+        model.train()
+    _set_mode(model, True)
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    own = vars(module)
+    training = training and not own.get("always_eval")
+    if own["training"] != training:
+        module.training = training
+    for child in own["_modules"].values():
+        if child is not None:
+            _set_mode(child, training)
 
 
 def find(model: nn.Module, batch: Batch) -> Prefix | None:

@@ -92,6 +92,13 @@ def test_a_run_on_kept_features_is_the_same_run(method, model, tmp_path, dropout
     assert kept[0].model_source["evaluation_mode"] == plain[0].model_source["evaluation_mode"] != []
 
 
+@pytest.mark.parametrize("method", ["linear_probe", "lst"])
+def test_a_padded_run(method, tmp_path):
+    plain, kept = pair(tmp_path, "train.epochs=2", "train.padding=padded", model="llama", method=method)
+    assert_same(plain, kept)
+    assert kept[0].model_source["padding"]["kind"] == "padded" and kept[0].data["features"]
+
+
 @pytest.mark.parametrize("model", ["distilbert", "gpt2", "deit"])
 def test_a_ladder_beside_other_architectures(model, tmp_path):
     """One side block, beside the second of the blocks."""
@@ -408,11 +415,14 @@ def test_rows_come_back_bit_for_bit(dtype, tmp_path):
     encoded = ready.encoded["val"]
     assert isinstance(encoded.features, Features)
     batch = encoded.batch([5, 3])
-    given = batch.pop("features")
-    assert given.dtype == dtype and given.shape == (*batch["input_ids"].shape, 32)
+    mask = batch["attention_mask"].bool()
+    tokens = batch.pop("features")
+    assert tokens.dtype == dtype and tokens.shape == (1, mask.sum(), 32)
+    encoded.features.packed = False
+    (given,) = encoded.batch([5, 3])["features"]
+    assert given.dtype == dtype and given.shape == (*mask.shape, 32) and torch.equal(given[mask], tokens[0])
     with torch.inference_mode():
         expected = ready.model.eval().model(**{k: v for k, v in batch.items() if k != "labels"}).last_hidden_state
-    mask = batch["attention_mask"].bool()
     torch.testing.assert_close(
         given[mask],
         expected[mask],
@@ -438,5 +448,5 @@ def test_lookup_restores_what_the_prefix_returns(tmp_path):
     batch = batch_of(model)
     lookup = Lookup(model.eval(), find(model, batch))
     (hidden,), expected = lookup.compute(batch), model(**batch).logits
-    assert torch.equal(model(**batch, features=hidden).logits, expected)
-    assert not torch.equal(model(**batch, features=hidden + 1).logits, expected)
+    assert torch.equal(model(**batch, features=hidden[None]).logits, expected)
+    assert not torch.equal(model(**batch, features=hidden[None] + 1).logits, expected)
