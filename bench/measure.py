@@ -6,6 +6,7 @@ counted by kind instead: exact, the same on every machine, and without what a ke
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -43,6 +44,10 @@ __all__ = [
 Batch = dict[str, Tensor]
 CACHED = ("step", "step_samples", "train", "eval", "total")  # seconds that kept features make fewer, or others share
 PEAKS = ("peak", "peak_train", "peak_eval")
+_USED_UP = re.compile(
+    r"(CUDA|HIP) error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|(can't|cannot) allocate memory|not enough memory: you tried",
+    re.I,
+)
 FUSED = "seconds: a run's own, and an equal share of what was computed at once; bytes: by kind, of its own model"
 
 if TYPE_CHECKING:
@@ -190,5 +195,9 @@ def _set_aside(record: Record, why: str, seconds: tuple[str, ...], peaks: tuple[
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the GPU's or the machine's memory is used up."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Whether an error says that the GPU's or the machine's memory is used up.
+
+    torch has a type for the GPU's own allocator alone. A failed page-locked allocation is a CUDA error like any other
+    (CachingHostAllocator.cpp), one of plain memory a RuntimeError (alloc_cpu.cpp; other words on Windows).
+    """
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _USED_UP.search(str(error)) is not None

@@ -22,6 +22,7 @@ from bench.measure import (
     gradient_bytes,
     memory,
     optimizer_bytes,
+    out_of_memory,
     probe,
     saved_bytes,
     times,
@@ -284,3 +285,37 @@ def test_the_probe_in_one_pass_agrees_with_each_measure_alone(kind):
     assert cost["train_step"] == flops(lambda: model(**batch).loss.backward())
     with torch.no_grad():
         assert cost["forward"] == flops(lambda: model(**batch).loss)
+
+
+CPU_FULL = "[enforce fail at alloc_cpu.cpp:{}] {}. DefaultCPUAllocator: {} memory: you tried to allocate 4096 bytes."
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (
+            torch.AcceleratorError(
+                "CUDA error: out of memory\nCUDA kernel errors might be reported at some other call"
+            ),
+            True,
+        ),
+        (RuntimeError("HIP error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError(CPU_FULL.format(127, "err == 0", "can't allocate")), True),
+        (RuntimeError(CPU_FULL.format(114, "data", "not enough")), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (MemoryError(), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (ValueError("the memory of the task is out of range"), False),
+    ],
+)
+def test_which_errors_say_that_memory_is_used_up(error, full):
+    assert out_of_memory(error) is full
+
+
+def test_this_machine_says_so_when_asked_for_too_much():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert out_of_memory(caught.value)

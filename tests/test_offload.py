@@ -197,6 +197,18 @@ def test_it_is_in_the_record(tmp_path, monkeypatch):
     assert json.loads((tmp_path / moved.id / "record.json").read_text())["config"]["train"]["offload"] == "activations"
 
 
+def test_page_locked_memory_that_is_used_up_is_a_status(tmp_path, monkeypatch):
+    def full(size, *, pinned):
+        raise torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'")
+
+    monkeypatch.setattr(offload, "check", lambda *_: None)
+    monkeypatch.setattr(offload, "_room", full)
+    options = [f"results={tmp_path}", "method=lora", "model=random_bert", "task=rte", "data=standin", "wandb=off"]
+    record = run(compose([*options, "device=cpu", "train.steps=1", "train.offload=activations"]))
+    assert record.status == "oom" and "CUDA error: out of memory" in record.reason
+    assert record.memory["peak_resident"] > 0
+
+
 def test_only_where_it_is_on_is_it_another_run():
     none, moved = (_new_record(compose([f"train.offload={kind}"])).config for kind in ("none", "activations"))
     old = none | {"train": {k: v for k, v in none["train"].items() if k != "offload"}}
