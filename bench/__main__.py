@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import tasks  # noqa: F401  (fills Hydra's store with the schemas of tasks)
 from bench.config import to_config
-from bench.imports import uncollected
+from bench.imports import collect, uncollected
 
 if TYPE_CHECKING:
     from bench.record import Record
@@ -43,6 +44,7 @@ def main(cfg: Any) -> str:
 
         from bench.run import run
 
+    collect()
     record = run(config, since=_since())
     if record.status == "interrupted":
         stopped.append(record)
@@ -74,8 +76,8 @@ def command_line() -> int:
 
         show()
         return 0
-    with uncollected():
-        import methods  # noqa: F401  (fills Hydra's store with the schemas of methods)
+    gc.disable()  # until `main`: modules and configurations are no garbage, and looking at them takes a second
+    import methods  # noqa: F401  (fills Hydra's store with the schemas of methods)
     from bench.suggest import suggest
     from bench.table import exit_code, seen, table
 

@@ -17,3 +17,10 @@ def uncollected() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def collect() -> None:
+    """Look for garbage again, after `gc.disable()`, but never more in what lives now: modules and configurations."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()

@@ -101,16 +101,16 @@ class Loop:
                 total += loss.detach()
         distributed.add_up([total])
         if torch.is_grad_enabled():
-            distributed.add_up_gradients([p for p in self.model.parameters() if p.requires_grad and not parted(p)])
-            self._unscale_and_clip()
+            parameters = [*self.model.parameters()]
+            distributed.add_up_gradients([p for p in parameters if p.requires_grad and not parted(p)])
+            self._unscale_and_clip([p for p in parameters if p.grad is not None])
         return total
 
     @property
     def _scale(self) -> float:
         return self.progress.loss_scale if self.cfg.precision == "fp16" else 1.0
 
-    def _unscale_and_clip(self) -> None:
-        trained = [p for p in self.model.parameters() if p.grad is not None]
+    def _unscale_and_clip(self, trained: list[nn.Parameter]) -> None:
         if self._scale != 1.0 and not unscaled(trained, self._scale):
             self.optimizer.zero_grad(set_to_none=True)  # skip this step and scale less
             self.progress.loss_scale /= 2
