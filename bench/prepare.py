@@ -89,7 +89,6 @@ def prepare(config: Config, rows: Rows, device: torch.device) -> Prepared:
     head = {id(p) for p in model.parameters() if p.requires_grad}
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputing})  # type: ignore[operator]
-        model.enable_input_require_grads()  # type: ignore[operator]
     ready = Prepared(model, config.method, config.task, built.processor, encoded, head, built.source, device)
     seed_everything(config.seed)
     batches = (to_device(batch, home) for batch in ready.train_batches(config))

@@ -63,7 +63,6 @@ def pretrained(shape: Shape, device: str, *, checkpointing: bool = False) -> Any
             t.detach().zero_()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
     return model.requires_grad_(False)
 
 

@@ -278,8 +278,6 @@ def test_lst_keeps_nothing_of_the_backbone_but_what_the_ladders_read(kind):
     """No storage made inside a backbone layer is kept for the backward pass, and none has a gradient function."""
     _, model = applied("lst", kind)
     model.train()
-    if kind != "vit":
-        model.enable_input_require_grads()  # as gradient checkpointing has it
     backbone, alive, read, kept = model.base_model, [], set(), set()
     pattern = re.compile(role(model, "layers"))
     layers = [m for n, m in backbone.named_modules() if pattern.search(n) and "ladder" not in n]

@@ -245,10 +245,12 @@ def test_padding_does_not_change_an_encoder(name):
 
 
 @names
-def test_gradient_checkpointing_changes_nothing(name):
-    _, model = applied(name, "llama")
+@kinds
+def test_gradient_checkpointing_changes_nothing(name, kind):
+    """Also where what enters the blocks has no gradient, as under most methods."""
+    _, model = applied(name, kind)
     perturb(model)
-    batch, grads = batch_of("llama"), []
+    batch, grads = batch_of(kind), []
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -63,7 +63,6 @@ def test_packed_and_checkpointed_too(kind, checkpointing):
     install(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputing})
-        model.enable_input_require_grads()
     assert_same(model, uneven(kind))
 
 

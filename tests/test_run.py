@@ -117,6 +117,13 @@ def test_what_training_leaves_behind_is_what_is_stored(tmp_path):
     assert one.stored_params == prefix + one.head_params < one.trained_params
 
 
+def test_checkpointing_computes_no_frozen_block_again(tmp_path):
+    plain, checkpointed = (
+        run(config(tmp_path, "method=linear_probe", f"train.gradient_checkpointing={on}")) for on in ("false", "true")
+    )
+    assert plain.history == checkpointed.history and plain.flops == checkpointed.flops
+
+
 def test_out_of_memory_is_a_status(tmp_path, monkeypatch):
     import torch
 
