@@ -21,7 +21,10 @@ from methods.base import Adapted, Added, Batch, Unsupported, trains
 
 @dataclass
 class Prefix:
-    """`chain`: modules of which each is called on what the one before returned; `below`: all that runs until it ends."""
+    """`chain`: modules that follow each other, each called on what the one before returned, but the first of a decoder.
+
+    `below`: all that runs until it ends.
+    """
 
     chain: list[nn.Module]
     below: dict[str, nn.Module]  # by name; the outermost alone
@@ -40,9 +43,9 @@ class Call:
 
     @property
     def hidden(self) -> Tensor | None:
-        """The hidden states it returned; None where it returned anything else beside them."""
+        """The hidden states it returned; None where it returned more than tensors (T5's: position biases) beside them."""
         first, *rest = self.result if isinstance(self.result, tuple) else (self.result,)
-        return first if isinstance(first, Tensor) and all(r is None for r in rest) else None
+        return first if isinstance(first, Tensor) and all(r is None or isinstance(r, Tensor) for r in rest) else None
 
 
 def keep_evaluating(model: nn.Module, batch: Batch) -> Prefix | None:
@@ -86,14 +89,15 @@ def find(model: nn.Module, batch: Batch) -> Prefix | None:
         return None
     end = calls.index(chain[-1]) + 1
     names = {module: name for name, module in model.named_modules()}
-    below, later = [names[c.module] for c in calls[:end]], {names[c.module] for c in calls[end:]}
+    below = [names[c.module] for c in calls[:end]]
+    twice = any(names[c.module] in below and not _idle(c) for c in calls[end:])
     around = [model.get_submodule(name) for name in _ancestors(names[chain[-1].module])]
     as_given = all(_only_read(m, m._forward_pre_hooks) for m in around)  # what they return comes after
     chained = [c.module for c in chain]
     unread = not any(any(_hooks(c.module)) for c in calls[:end] if c.module not in chained)
-    if later & set(below) or not (as_given and unread) or not all(_frozen(c.module) for c in calls[:end]):
+    if twice or not (as_given and unread) or not all(_frozen(c.module) for c in calls[:end]):
         return None
-    rest = [c.result[1:] if isinstance(c.result, tuple) else None for c in chain]
+    rest = [(None,) * (len(c.result) - 1) if isinstance(c.result, tuple) else None for c in chain]
     outer = [n for n in dict.fromkeys(below) if not set(_ancestors(n)) & set(below)]
     modules = {n: model.get_submodule(n) for n in outer}
     return Prefix(chained, modules, rest, [names[m] for m in chained], _read(chained))
@@ -141,13 +145,16 @@ def _trace(model: nn.Module, batch: Batch) -> list[Call]:
 
 
 def _chain(calls: list[Call], blocks: list[nn.Module]) -> list[Call]:
-    """Blocks from the first on, each called on the hidden states of the one before; behind the last, what follows it."""
+    """Blocks from the first on, each called on the hidden states of the one before; behind the last, what follows it.
+
+    A block may be called on others that need no gradient, as a decoder's first is, unless a hook reads them.
+    """
     ended = [c for c in calls if c.module in blocks]
     if [c.module for c in ended] != blocks:
         return []
     chain: list[Call] = []
     for call in ended:
-        if not _follows(chain, call):
+        if not _follows(chain, call, anew=True):
             return chain
         chain.append(call)
     for call in calls[calls.index(chain[-1]) + 1 :]:
@@ -156,9 +163,16 @@ def _chain(calls: list[Call], blocks: list[nn.Module]) -> list[Call]:
     return chain
 
 
-def _follows(chain: list[Call], call: Call) -> bool:
+def _follows(chain: list[Call], call: Call, *, anew: bool = False) -> bool:
     fits = isinstance(call.given, Tensor) and (not chain or call.given is chain[-1].hidden)
-    return fits and call.hidden is not None and not call.hidden.requires_grad and _frozen(call.module)
+    anew = anew and isinstance(call.given, Tensor) and not call.given.requires_grad and not any(_hooks(call.module))
+    return (fits or anew) and call.hidden is not None and not call.hidden.requires_grad and _frozen(call.module)
+
+
+def _idle(call: Call) -> bool:
+    """Whether it is a dropout that nothing trained reaches: T5 has one before its blocks and behind them."""
+    bare = next(call.module.parameters(), None) is None
+    return bare and isinstance(call.result, Tensor) and not call.result.requires_grad
 
 
 def _frozen(module: nn.Module) -> bool:

@@ -109,11 +109,11 @@ def test_a_ladder_beside_other_architectures(model, tmp_path):
     assert kept[0].data["features"] | {"states": states, "positions": "all"} == kept[0].data["features"]
 
 
-@pytest.mark.parametrize("model", ["roberta", "deberta", "distilbert", "qwen2", "gpt2"])
+@pytest.mark.parametrize("model", ["roberta", "deberta", "distilbert", "qwen2", "gpt2", "t5"])
 def test_other_architectures(model, tmp_path):
     plain, kept = pair(tmp_path, "train.epochs=2", model=model)
     assert_same(plain, kept)
-    assert kept[0].data["features"]["positions"] == ("all" if model in ("qwen2", "gpt2") else "first")
+    assert kept[0].data["features"]["positions"] == ("all" if model in ("qwen2", "gpt2", "t5") else "first")
 
 
 @pytest.mark.parametrize("method", ["telly", "lst"])
@@ -267,8 +267,23 @@ def test_hooks_that_only_read_a_block_say_what_is_read():
     assert find(model, batch_of(model)).read == [0, 1, 2, 3]
 
 
+def test_a_decoder_follows_its_encoder_where_both_are_frozen():
+    """One dropout of T5 stands before the decoder's blocks and behind them: it is trained nowhere, or what follows it is."""
+    model = random_model("t5")
+    batch = batch_of(model)
+    batch["labels"] = batch["input_ids"]
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # of its own, and trained
+    for p in model.parameters():
+        p.requires_grad_(p is model.lm_head.weight)
+    names = ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1", "decoder.final_layer_norm"]
+    prefix = find(model, batch)
+    assert prefix.names == names and prefix.read == [5] and prefix.rest[0] == (None, None)
+    model.decoder.block[1].layer[0].layer_norm.weight.requires_grad_()
+    assert find(model, batch) is None  # that dropout is of what is trained
+
+
 def test_a_ladder_beside_an_encoder_and_a_decoder_has_no_prefix():
-    """Blocks of T5 return more than hidden states, and those of its two stacks have positions of their own."""
+    """The decoder's blocks follow a side encoder that is trained, and the two stacks have positions of their own."""
     model = random_model("t5")
     batch = batch_of(model)
     batch["labels"] = batch["input_ids"]
