@@ -40,8 +40,8 @@ def pareto(
     together. A row without one of the values is in no comparison: its `front` is <NA>. `by` draws one front in each group.
 
     Raises Mixed for rows of different sources, tasks, models, protocols, metrics, data revisions or test data, of
-    generated and real data, and, where a cost is a memory or a time, of different devices or ways of measuring, or of
-    packed and padded batches (FLOPs too). Different software only warns.
+    generated and real data, and, where a cost is a memory or a time, of different devices or ways of measuring, of
+    products by torch and by oneDNN (time), or of packed and padded batches (FLOPs too). Different software only warns.
     """
     objectives = [*([cost] if isinstance(cost, str) else cost), score]
     for name in (*objectives, *by, *(maximise or ())):
@@ -88,6 +88,7 @@ def refuse_mixed(table: pd.DataFrame, cost: str = "", *, across: Sequence[str] =
     task, while source, model and stand-in must agree over all. Different software warns; with `strict` it is refused.
     """
     measured = ("device", "memory_kind") if cost.startswith(("memory", "time")) else ()
+    measured += ("matmul",) if cost.startswith("time") else ()
     kinds = (*measured, "padding") if cost.startswith(("memory", "time", "flops")) else ()
     columns = [c for c in (*COMPARABLE, *kinds, *(("software",) if strict else ())) if c in table and c not in across]
     inner = [c for c in columns if c in WITHIN] if across else []

@@ -7,31 +7,20 @@ import hashlib
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from analysis.columns import COSTS
-from bench.record import STATUSES, TASK_FACTS, Record
+from analysis.defaults import complete
+from bench.record import NOT_IDENTITY, STATUSES, TASK_FACTS, Record
 
 _NUMBERS = ("metrics", "memory", "time", "flops", "energy", "spectra")
-_NOT_SETTINGS = (
-    "seed",
-    "results",
-    "force",
-    "wandb",
-    "wandb_project",
-    "device",
-    "data",
-    "name",
-    "threads",
-    "save_state",
-    "spectra",
-    "spectra_every",
-    "forgetting",
-    "test",
-)
+_NOT_SETTINGS = ("seed", "test", *NOT_IDENTITY)
+_SOFTWARE = ("torch", "transformers", "cuda")  # what computes a run's numbers and takes its seconds
 _FIELDS = {f.name: str(f.type) for f in dataclasses.fields(Record)}
 NESTED = [name for name, kind in _FIELDS.items() if kind.startswith("dict")]
 _SCALARS = [name for name, kind in _FIELDS.items() if not kind.startswith(("dict", "list"))]
@@ -48,7 +37,9 @@ def load(folder: str | Path = "results") -> pd.DataFrame:
     lies in the folder of its runs.
 
     Nested values become `memory_peak`, `time_step`, `data_standin`, `config_train_lr`, `metrics_test/accuracy`, ...
-    Derived columns: `source` (whose results: "paretune" for records), `protocol`, `device`, `memory_kind`, `software`
+    Keys of a configuration that came after a record was written have their defaults there (`analysis/defaults.py`).
+    Derived columns: `source` (whose results: "paretune" for records), `protocol`, `device`, `memory_kind`, `matmul` (who
+    computes products on a CPU: torch, as before there was a choice, or onednn), `software`
     (fingerprint of the versions), `settings` (hash of the config without the seed), `data_fingerprint` (content of the
     test split) and `path`.
     A file that is no record is left out, named in `df.attrs["problems"]` (path, problem) and in one warning.
@@ -59,15 +50,11 @@ def load(folder: str | Path = "results") -> pd.DataFrame:
 
     folder = Path(folder)
     if folder.is_file():
-        return table_of([_row(record, path) for record, path in _collected(folder)], [])
+        return table_of(_rows(_collected(folder), problems := []), problems)
     if not folder.is_dir():
         raise NoRuns(f"{folder}: no such folder (looked from {Path.cwd()}). {_WAY_OUT}")
     rows, problems = foreign_rows(folder)
-    for path in sorted(folder.glob("*/record.json")):
-        try:
-            rows.append(_row(Record.load(path), path))
-        except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
-            problems.append((str(path), f"{type(error).__name__}: {error}"))
+    rows += _rows(_records(folder, problems), problems)
     if not rows and not problems:
         raise NoRuns(f"{folder}: no record (<id>/record.json) in this folder. {_WAY_OUT}")
     if problems:
@@ -96,6 +83,35 @@ def _collected(file: Path) -> list[tuple[Record, Path]]:
     if not found:
         raise NoRuns(f"{file}: holds no record. {_WAY_OUT}")
     return [(record, file.parent / name / "record.json") for name, record in found]
+
+
+def _records(folder: Path, problems: list[tuple[str, str]]) -> list[tuple[Record, Path]]:
+    """The records below `folder`; what is none is added to `problems`."""
+    found = []
+    for path in sorted(folder.glob("*/record.json")):
+        with _naming(path, problems):
+            record = Record.load(path)
+            _check(record)
+            found.append((record, path))
+    return found
+
+
+@contextmanager
+def _naming(path: Path, problems: list[tuple[str, str]]) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
+        problems.append((str(path), f"{type(error).__name__}: {error}"))
+
+
+def _rows(found: list[tuple[Record, Path]], problems: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """A row per record; a key that is new in some of their configurations has its default in the others."""
+    rows: list[dict[str, Any]] = []
+    for (record, path), config in zip(found, complete(record.config for record, _ in found), strict=True):
+        record.config = config
+        with _naming(path, problems):
+            rows.append(_row(record, path))
+    return rows
 
 
 def _row(record: Record, path: Path) -> dict[str, Any]:
@@ -152,7 +168,8 @@ def _derived(record: Record) -> dict[str, Any]:
         "device": _text(environment.get("device")),
         "memory_kind": _text(environment.get("memory")),
         "padding": (record.model_source.get("padding") or {}).get("kind"),
-        "software": _text(environment.get("software")),
+        "matmul": (environment.get("matmul") or "torch") if str(environment.get("device")).endswith("cpu") else None,
+        "software": _text(environment.get("software") or {k: environment.get(k) for k in _SOFTWARE}) or None,
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8],
         "data_fingerprint": _text(prints.get("test")) if isinstance(prints, dict) else None,
         "data_standin": bool(data.get("standin")) or record.task.endswith("(stand-in)"),

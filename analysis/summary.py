@@ -20,6 +20,7 @@ FENCE = (
     "memory_kind",
     "device",
     "padding",
+    "matmul",
     "software",
     "data_split",
 )

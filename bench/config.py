@@ -154,17 +154,22 @@ def to_config(cfg: Any, choices: Any) -> Config:
 def from_record(values: dict[str, Any], classes: dict[str, str]) -> Config:
     """The configuration of a finished run, from its record's `config` alone."""
     import methods
-    import tasks  # noqa: F401  (registers the kinds of task)
 
-    kind: Any = OmegaConf.get_type(ConfigStore.instance().load(f"schema/task/{classes['task']}.yaml").node)
     parts = {
         "method": methods.METHODS[classes["method"]](**values["method"]),
-        "task": kind(**values["task"]),
+        "task": task_class(classes["task"])(**values["task"]),
         "model": ModelConfig(**values["model"]),
         "train": TrainConfig(**values["train"]),
         "data": DataConfig(**values["data"]),
     }
     return Config(**{k: v for k, v in values.items() if k != "classes"} | parts)
+
+
+def task_class(kind: str) -> Any:
+    """The dataclass of a kind of task. Raises hydra's ConfigLoadError where there is none of this name."""
+    import tasks  # noqa: F401  (registers them)
+
+    return OmegaConf.get_type(ConfigStore.instance().load(f"schema/task/{kind}.yaml").node)
 
 
 def choose(key: str, value: str, options: tuple[str, ...]) -> None:

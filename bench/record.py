@@ -20,7 +20,7 @@ from typing import Any
 
 SCHEMA = 3
 STATUSES = ("ok", "skipped", "oom", "diverged", "failed", "interrupted")
-_NOT_IDENTITY = (
+NOT_IDENTITY = (
     "results",
     "force",
     "wandb",
@@ -117,7 +117,7 @@ def identity(config: dict[str, Any], data: dict[str, Any]) -> str:
 
     Where results go, which machine trains, how often it writes checkpoints and how it is tracked do not change the id.
     """
-    kept = {k: v for k, v in config.items() if k not in _NOT_IDENTITY}
+    kept = {k: v for k, v in config.items() if k not in NOT_IDENTITY}
     if kept.get("test") == "open":  # as before the test split could be locked
         del kept["test"]
     kept["train"] = {k: v for k, v in config["train"].items() if k != "checkpoint_seconds"}

@@ -12,9 +12,16 @@ import pandas as pd
 import pytest
 
 import analysis
+from analysis import findings
 from analysis.columns import write
+from analysis.defaults import complete
+from analysis.fronts import Mixed
 from analysis.placement import overlaps, place
+from analysis.report import views
+from bench.collect import collect
+from bench.config import compose
 from bench.record import Record
+from bench.run import _new_record
 
 METHODS = {"linear_probe": 0, "bitfit": 100_000, "ia3": 60_000, "lora": 300_000, "dora": 320_000, "full": 125_000_000}
 SOFTWARE = {"torch": "2.13.0", "transformers": "5.23.0"}
@@ -335,3 +342,105 @@ def test_importing_analysis_is_light():
         "analysis.load, analysis.summarise, analysis.pareto; assert not {'torch', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+NEW = {"train": ("offload", "features", "padding"), "task": ("shots",), "method": ("bits",)}
+
+
+def configured(seed, *overrides, old=False, **changes):
+    """A record of a composed configuration; an old one lacks what came since."""
+    config = _new_record(compose(["method=qlora", "task=rte", f"seed={seed}", *overrides])).config
+    if old:
+        config = {k: v for k, v in config.items() if k not in ("matmul", "lease")}
+        for part, names in NEW.items():
+            assert set(names) <= set(config[part])
+            config[part] = {k: v for k, v in config[part].items() if k not in names}
+    return synthetic("qlora", seed=seed, config=config, **changes)
+
+
+def test_what_an_old_configuration_lacks_has_its_default(tmp_path):
+    records = [
+        configured(0, old=True),
+        configured(1),
+        configured(2, "train.offload=activations"),
+        configured(3, "method.bits=8"),
+    ]
+    runs = frame(*records).sort_values("seed")
+    assert runs["settings"].iloc[0] == runs["settings"].iloc[1] and runs["settings"].nunique() == 3
+    assert runs["config_train_offload"].tolist() == ["none", "none", "activations", "none"]
+    assert runs["config_method_bits"].tolist() == [4, 4, 4, 8]
+    table = analysis.summarise(runs)
+    assert sorted(table["n"]) == [1, 1, 2]
+    told = (("none", 4), ("activations", 4), ("none", 8))
+    assert set(table["label"]) == {f"qlora (method_bits={bits}, train_offload={offload})" for offload, bits in told}
+    assert analysis.summarise(frame(*records[:2]))["label"].tolist() == ["qlora"]
+    (means,) = findings.settings(frame(*records[:2]), {"score": "score"}).to_dict("records")
+    assert means["n"] == 2
+
+
+def test_old_configurations_are_completed_out_of_one_file_too(tmp_path):
+    for i, record in enumerate((configured(0, old=True), configured(1))):
+        record.id = f"{i:012x}"
+        record.save(tmp_path)
+    collect(tmp_path, tmp_path / "all.parquet")
+    assert analysis.load(tmp_path / "all.parquet")["settings"].nunique() == 1
+
+
+def test_what_no_class_knows_stays_missing():
+    configs = [
+        {"train": {"lr": 0.1, "gone": 1}, "classes": {"method": "none_such", "task": "none_such"}, "method": {"a": 1}}
+    ]
+    configs += [{"train": {"lr": 0.1}, "classes": {"method": "none_such", "task": "none_such"}, "method": {}}]
+    assert complete(configs) == configs
+
+
+def test_how_a_run_was_made_is_no_setting():
+    runs = frame(
+        configured(0), configured(1, "matmul=torch", "isolate=true", "lease=5", "cells_per_gpu=2", "shard=true")
+    )
+    assert runs["settings"].nunique() == 1
+
+
+FLAT = {
+    "device": "cpu",
+    "memory": "counted",
+    "python": "3.11.7",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "numpy": "2.4",
+}
+
+
+def test_seconds_of_two_ways_to_compute_products_are_never_averaged_or_drawn_together():
+    """Records from before there was a choice were computed by torch."""
+    old, torch_, onednn = (
+        synthetic(seed=i, environment=FLAT | extra)
+        for i, extra in enumerate(({}, {"matmul": "torch"}, {"matmul": "onednn"}))
+    )
+    runs = frame(old, torch_, onednn)
+    assert runs.sort_values("seed")["matmul"].tolist() == ["torch", "torch", "onednn"]
+    table = analysis.summarise(runs)
+    assert sorted(zip(table["matmul"], table["n"], strict=True)) == [("onednn", 1), ("torch", 2)]
+    assert set(table["label"]) == {"lora (matmul=torch)", "lora (matmul=onednn)"}
+    for cost in ("time_step", "time_total"):
+        with pytest.raises(Mixed, match="matmul: onednn, torch"):
+            analysis.pareto(table, cost)
+    for cost in ("trained_params", "memory_peak", "flops_train_step"):
+        assert analysis.pareto(table, cost)["front"].notna().all()
+    assert views(table.assign(view=0)).nunique() == 2
+
+
+def test_a_gpu_computes_its_own_products():
+    gpu = FLAT | {"device": "NVIDIA A100", "memory": "cuda_allocator"}
+    runs = frame(
+        synthetic(environment=gpu | {"matmul": "onednn"}), synthetic(seed=1, environment=gpu | {"matmul": "torch"})
+    )
+    assert runs["matmul"].isna().all() and len(analysis.summarise(runs)) == 1
+    assert frame(synthetic(environment=FLAT | {"device": "2 x cpu"}))["matmul"].tolist() == ["torch"]
+
+
+def test_the_software_of_real_records_is_known():
+    assert frame(synthetic(environment=FLAT))["software"].tolist() == ["torch 2.13.0, transformers 5.23.0"]
+    newer = frame(synthetic(environment=FLAT), synthetic("dora", environment=FLAT | {"torch": "9"}))
+    with pytest.warns(UserWarning, match="different software"):
+        analysis.pareto(analysis.summarise(newer))
