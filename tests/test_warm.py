@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import warm
+from bench import matmul, warm
 from bench.config import compose
 from bench.ledger import holders
 from bench.record import Record
@@ -73,6 +73,15 @@ def test_the_record_is_that_of_a_cold_process(tmp_path):
     overrides = [*TINY, *FAST, f"results={tmp_path / 'cold'}", "isolate=false"]
     subprocess.run([sys.executable, "-c", COLD, *overrides], cwd=ROOT, check=True, capture_output=True)
     assert kept(tmp_path / "warm") and kept(tmp_path / "warm") == kept(tmp_path / "cold")
+
+
+@pytest.mark.skipif(not matmul.available(), reason="this torch has no oneDNN")
+def test_each_run_has_its_products_computed_as_it_says(tmp_path):
+    """The server computes nothing: what one child installs is gone in the next."""
+    ways = ("onednn", "torch", "onednn")
+    records = [run(config(tmp_path, f"seed={i}", f"matmul={way}")) for i, way in enumerate(ways)]
+    assert [r.environment["matmul"] for r in records] == [*ways]
+    assert len({r.environment["fingerprint"] for r in records}) == 2
 
 
 def test_imports_leave_nothing_behind():
