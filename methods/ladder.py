@@ -45,6 +45,7 @@ class Ladder(Added):
         self.gates = new_parameter(like, len(self.rungs))
         self.temperature, self.depth = method.temperature, len(layers)
         self.notes: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+        self.turns: tuple[Tensor, Tensor] | None = None  # of the narrow heads, for all side blocks
 
     def block(self, layer: Any, config: Any, index: int) -> Any:
         """A narrow block of the backbone's own class."""
@@ -89,6 +90,7 @@ class Ladder(Added):
     def side(self) -> Tensor:
         """h_s of the side network on what was noted down, (..., d / k)."""
         ((_, _, below), *notes), self.notes, dtype = self.notes, [], self.first.weight.dtype
+        self.turns = None
         h = self.first(below.to(dtype))
         mu = torch.sigmoid(self.gates / self.temperature)
         steps = zip(range(len(mu)), self.rungs, notes, self.downs, self.blocks, strict=True)
@@ -101,7 +103,8 @@ class Ladder(Added):
     def run(self, layer: Any, h: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """A side block on h, beside whatever else the backbone's layer was given."""
         if self.rotary is not None:
-            kwargs = kwargs | {"position_embeddings": self.rotary(h, kwargs["position_ids"])}
+            self.turns = self.turns or self.rotary(h, kwargs["position_ids"])
+            kwargs = kwargs | {"position_embeddings": self.turns}
         return layer(h, *args, **kwargs)
 
 
