@@ -119,13 +119,6 @@ def as_rows(x: Tensor) -> Tensor:
     return layout.unpack(x) if layout is not None and layout.holds(x) else x
 
 
-def as_given(hidden: Tensor, x: Tensor) -> Tensor:
-    """`x`, packed where `hidden` is and `x` has all positions."""
-    layout = current()
-    fits = layout is not None and layout.holds(hidden) and x.shape[:2] == (len(layout.lengths), layout.width)
-    return layout.pack(x) if layout is not None and fits else x
-
-
 class _Pack(torch.autograd.Function):
     """x[places], whose backward is a copy and no sum, since no place comes twice."""
 
