@@ -24,7 +24,7 @@ class FusedLauncher(Launcher):
     """Runs jobs whose `kin` is the same together, up to `runs` at once; the others in turn, each with a line that says why.
 
     timed: measure on the first batches how many at once cost the least, which may be none; else always all.
-    processes: that share `runs` among them, each with its part of torch's threads; null: what `_processes` finds.
+    processes: that share `runs` among them, each with `threads`, or else its part of torch's; null: what `_processes` finds.
     """
 
     def __init__(self, runs: int = 8, timed: bool = True, processes: int | None = None):
@@ -61,12 +61,12 @@ class FusedLauncher(Launcher):
         """What each job returned; in several processes at the same time, or all in this one."""
         from bench.fused_processes import apart, split
 
-        threads = jobs[min(jobs)].threads or torch.get_num_threads()
-        count = self.processes or _processes(jobs[min(jobs)], threads, self.runs)
+        first = jobs[min(jobs)]
+        count = self.processes or _processes(first, self.runs)
         parts = split([*jobs], count)
 
         def body(part: list[DictConfig]) -> list[JobReturn]:
-            torch.set_num_threads(max(1, threads // len(parts)))
+            torch.set_num_threads(first.threads or max(1, torch.get_num_threads() // len(parts)))
             return self._together(part)
 
         given = [[jobs[k] for k in part] for part in parts]
@@ -107,10 +107,10 @@ def kin(job: DictConfig) -> str:
     return json.dumps(kept, sort_keys=True, default=str)
 
 
-def _processes(job: DictConfig, threads: int, runs: int) -> int:
-    """On a CPU as many as have a thread and four runs each; a GPU has one."""
+def _processes(job: DictConfig, runs: int) -> int:
+    """On a CPU as many as have four runs, and a core for each thread that `threads` asks for, which is one; a GPU has one."""
     on_cpu = job.device == "cpu" or (job.device == "auto" and not torch.cuda.is_available())
-    return max(1, min(threads, runs // 4)) if on_cpu else 1
+    return max(1, min(torch.get_num_threads() // (job.threads or 1), runs // 4)) if on_cpu else 1
 
 
 def teams(kins: Sequence[str], most: int) -> list[list[int]]:

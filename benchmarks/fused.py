@@ -1,10 +1,12 @@
-"""Seconds of eight small runs in one process: at once, in turn, and by transformers' `Trainer` with `peft`; start-up included.
+"""Seconds of eight small runs: at once, in turn, and by transformers' `Trainer` with `peft`; start-up included.
 
 python -m benchmarks.fused [--shapes 128x2 384x6] [--batch 4] [--rows 400] [--epochs 2] [--rounds 3]
 
 LoRA r8 on query and value of a RoBERTa with random weights and its usual dropout, four learning rates and two seeds, sentences
 whose lengths are spread as SST-2's, val after each epoch, test at the end, nothing tracked. Each side of a round is a new
 process, imports and all; the sides take turns. `Trainer`: dynamic padding, the rows encoded once for all eight, a new model each.
+`fused` may itself use several processes (`conf/hydra/launcher/fused.yaml`); "two Trainers" are two processes of one thread and one
+seed each, at the same time: what its user can do by hand.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1)
-SIDES = ("fused", "in turn", "Trainer")
+SIDES = ("fused", "in turn", "Trainer", "two Trainers")
 
 
 def main() -> None:
@@ -31,7 +34,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400, help="of train; val and test have 100 each")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=("Trainer",), help=argparse.SUPPRESS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -47,11 +51,10 @@ def compare(folder: Path, shape: str, args: Any) -> None:
     write(folder, shape, args.rows)
     spent: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(args.rounds):
-        for side in SIDES[number % 3 :] + SIDES[: number % 3]:
-            command = ours(folder, side, number, args) if side != "Trainer" else theirs(folder, args)
-            spent[side].append(seconds(command))
+        for side in SIDES[number % len(SIDES) :] + SIDES[: number % len(SIDES)]:
+            spent[side].append(seconds(commands(folder, side, number, args)))
     print(f"{shape}: " + ", ".join(f"{side} {statistics.median(spent[side]):.1f} s" for side in SIDES), end="; ")
-    print(*(ratio(spent, side) for side in ("Trainer", "in turn")), sep="; ", flush=True)
+    print(*(ratio(spent, side) for side in SIDES[:0:-1]), sep="; ", flush=True)
 
 
 def ratio(spent: dict[str, list[float]], side: str) -> str:
@@ -60,13 +63,24 @@ def ratio(spent: dict[str, list[float]], side: str) -> str:
     return f"{side} / fused: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}"
 
 
-def seconds(command: list[str]) -> float:
-    """Of a process from its start to its end. Raises SystemExit where it fails."""
+def commands(folder: Path, side: str, number: int, args: Any) -> list[list[str]]:
+    """The processes of a side, which run at the same time."""
+    if side == "two Trainers":
+        return [theirs(folder, args, seeds=(seed,)) for seed in SEEDS]
+    return [theirs(folder, args, seeds=SEEDS) if side == "Trainer" else ours(folder, side, number, args)]
+
+
+def seconds(commands: list[list[str]]) -> float:
+    """Of processes from their start to the last one's end; several have one thread each. Raises SystemExit where one fails."""
     begun = time.perf_counter()
-    root = str(Path(__file__).parents[1])
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root}, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment |= {"OMP_NUM_THREADS": "1"} if len(commands) > 1 else {}
+    with tempfile.TemporaryFile("w+") as text:
+        started = [subprocess.Popen(c, stdout=text, stderr=subprocess.STDOUT, env=environment) for c in commands]
+        codes = [process.wait() for process in started]
+        if any(codes):
+            text.seek(0)
+            raise SystemExit(f"{commands}\n{text.read()[-3000:]}")
     return time.perf_counter() - begun
 
 
@@ -80,13 +94,13 @@ def ours(folder: Path, side: str, number: int, args: Any) -> list[str]:
     return [sys.executable, "-m", "bench", "-m", *plain, *(f"{k}={v}" for k, v in given.items())]
 
 
-def theirs(folder: Path, args: Any) -> list[str]:
-    values = ["--batch", str(args.batch), "--epochs", str(args.epochs)]
+def theirs(folder: Path, args: Any, *, seeds: Sequence[int]) -> list[str]:
+    values = ["--batch", str(args.batch), "--epochs", str(args.epochs), "--seeds", *map(str, seeds)]
     return [sys.executable, "-m", "benchmarks.fused", "--side", "Trainer", "--folder", str(folder), *values]
 
 
 def trainer(folder: Path, args: Any) -> None:
-    """Eight trainings by `Trainer`, in this process."""
+    """The trainings by `Trainer`, in this process."""
     import datasets
     import transformers
 
@@ -97,7 +111,7 @@ def trainer(folder: Path, args: Any) -> None:
     rows = datasets.load_dataset("parquet", data_files=files, cache_dir=str(folder / "cache"))
     encoded = rows.map(lambda r: tokenizer(r["sentence"], truncation=True, max_length=128), batched=True)
     for rate in RATES:
-        for seed in SEEDS:
+        for seed in args.seeds:
             one(folder, encoded, tokenizer, args, rate=rate, seed=seed)
 
 
