@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -13,25 +13,25 @@ def complete(configs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     Keys of a method or a task are those of others of its class. What is required, or known to no class, stays missing.
     """
     found = [{key: dict(v) if isinstance(v, dict) else v for key, v in config.items()} for config in configs]
-    _fill(found, _root)
+    _fill(found, "", "")
     for name in ("model", "train"):
-        _fill([c[name] for c in found if isinstance(c.get(name), dict)], lambda name=name: _part(name))
+        _fill([c[name] for c in found if isinstance(c.get(name), dict)], name, "")
     for name in ("method", "task"):
         classes: dict[str, list[dict[str, Any]]] = {}
         for c in found:
             if isinstance(c.get(name), dict) and isinstance(c.get("classes"), dict):
                 classes.setdefault(str(c["classes"].get(name)), []).append(c[name])
         for kind, parts in classes.items():
-            _fill(parts, lambda name=name, kind=kind: _class(name, kind))
+            _fill(parts, name, kind)
     return found
 
 
-def _fill(parts: list[dict[str, Any]], schema: Callable[[], Any]) -> None:
-    """Give each of `parts` what others have; the dataclass is asked for only where something is missing."""
+def _fill(parts: list[dict[str, Any]], name: str, kind: str) -> None:
+    """Give each of `parts` what others have; the dataclass is imported only where something is missing."""
     keys = dict.fromkeys(key for part in parts for key in part)
     if all(len(part) == len(keys) for part in parts):
         return
-    defaults = _defaults(schema())
+    defaults = _defaults(_schema(name, kind))
     for part in parts:
         part |= {key: defaults[key] for key in keys if key not in part and key in defaults}
 
@@ -42,29 +42,17 @@ def _defaults(schema: Any) -> dict[str, Any]:
     return {f.name: f.default for f in fields if isinstance(f.default, plain) and f.default != "???"}
 
 
-def _root() -> Any:
-    from bench.config import Config
+def _schema(name: str, kind: str) -> Any:
+    """The dataclass of a part of the configuration, of a method or a task by its kind; None where there is none any more."""
+    from hydra.core.config_store import ConfigLoadError
 
-    return Config
+    from bench.config import Config, ModelConfig, TrainConfig, task_class
 
-
-def _part(name: str) -> Any:
-    from bench.config import ModelConfig, TrainConfig
-
-    return {"model": ModelConfig, "train": TrainConfig}[name]
-
-
-def _class(name: str, kind: str) -> Any:
-    """The dataclass of a method or of a kind of task; None where there is none of this name any more."""
     if name == "method":
         from methods import METHODS
 
         return METHODS.get(kind)
-    from hydra.core.config_store import ConfigLoadError
-
-    from bench.config import task_class
-
     try:
-        return task_class(kind)
+        return task_class(kind) if name == "task" else {"": Config, "model": ModelConfig, "train": TrainConfig}[name]
     except ConfigLoadError:
         return None

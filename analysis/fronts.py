@@ -18,6 +18,12 @@ COMPARABLE = (
     "data_standin",
     "metric",
 )  # one front holds one value of each
+MEASURED = {  # what else one front holds one value of, where these costs are on its axis
+    "device": ("memory", "time"),
+    "memory_kind": ("memory", "time"),
+    "padding": ("memory", "time", "flops"),
+    "matmul": ("time",),
+}
 WITHIN = ("protocol", "data_revision", "metric")  # facts of a task: they may differ between tasks
 
 
@@ -87,9 +93,7 @@ def refuse_mixed(table: pd.DataFrame, cost: str = "", *, across: Sequence[str] =
     across: columns over which one comparison runs, e.g. ["task"]: then protocol, metric and data must agree within each
     task, while source, model and stand-in must agree over all. Different software warns; with `strict` it is refused.
     """
-    measured = ("device", "memory_kind") if cost.startswith(("memory", "time")) else ()
-    measured += ("matmul",) if cost.startswith("time") else ()
-    kinds = (*measured, "padding") if cost.startswith(("memory", "time", "flops")) else ()
+    kinds = [c for c, costs in MEASURED.items() if cost.startswith(costs)]
     columns = [c for c in (*COMPARABLE, *kinds, *(("software",) if strict else ())) if c in table and c not in across]
     inner = [c for c in columns if c in WITHIN] if across else []
     differing = {c: _values(table[c]) for c in columns if c not in inner and len(_values(table[c])) > 1}

@@ -50,7 +50,8 @@ def load(folder: str | Path = "results") -> pd.DataFrame:
 
     folder = Path(folder)
     if folder.is_file():
-        return table_of(_rows(_collected(folder), problems := []), problems)
+        bad: list[tuple[str, str]] = []
+        return table_of(_rows(_collected(folder), bad), bad)
     if not folder.is_dir():
         raise NoRuns(f"{folder}: no such folder (looked from {Path.cwd()}). {_WAY_OUT}")
     rows, problems = foreign_rows(folder)
