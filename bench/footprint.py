@@ -42,7 +42,7 @@ def footprint(config: Config, lengths: Sequence[int], *, gpu: bool = False) -> d
     here = replace(config.train, offload="none")  # nothing is trained on this device
     backward, offload = config.method.backward, config.train.offload
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, Fused() if gpu else nullcontext():
-        fake.cache_enabled = False  # it would hold on to storages
+        fake.cache_enabled = offload == "none"  # it would hold on to the storages that are given back
         _without_numbers(model)
         _pack(model, config, lengths, gpu)
         loop = Loop(model, config.method, here, steps=1, device=torch.device("cpu"))
