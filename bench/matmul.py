@@ -20,9 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST = (
-    2**12
-)  # numbers of the second factor; below, the start of oneDNN (10 us) is gained back by thousands of rows alone
+LEAST = 2**12  # numbers of the second factor; below, thousands of rows alone gain back oneDNN's start (10 us)
 WORK = 2**20  # multiplications of the gradient of a weight, which sums over rows: likewise
 _kernels: Any = None  # while they stand
 

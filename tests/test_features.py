@@ -447,6 +447,19 @@ def test_rows_come_back_bit_for_bit(dtype, tmp_path):
     assert not given[~mask].any()
 
 
+@pytest.mark.parametrize("rows", [[0], [3, 3], [0, 1, 2, 3]])
+def test_packed_features_without_and_with_padding_beside_them(rows, tmp_path):
+    """Packed features of rows of one length meet a forward that is not packed, as nothing is padded."""
+    ready, _ = ready_with_features(tmp_path, model="llama", method="lst")
+    assert ready.packed
+    batch = ready.encoded["train"].batch(rows)
+    assert batch["features"].shape[:2] == (2, batch["attention_mask"].sum())
+    with torch.no_grad():
+        found = ready.model.eval()(**batch).logits
+        del batch["features"]
+        torch.testing.assert_close(found, ready.model(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
 def test_an_interrupted_computation_leaves_no_file(tmp_path):
     cfg = config(tmp_path)
     ready = prepare(cfg, cfg.task.load(cfg.data), CPU)
