@@ -50,7 +50,7 @@ def build(cfg: ModelConfig, task: Task) -> Built:
     transformers.utils.logging.disable_progress_bar()
     kind, _, name = cfg.path.partition(":")
     source: dict[str, Any] = {"kind": "random"}
-    with _of_a_kind(cfg, task):
+    with of_a_kind(cfg, task):
         if kind == "random":
             from bench.random_models import random_pair
 
@@ -69,7 +69,7 @@ def build(cfg: ModelConfig, task: Task) -> Built:
 
 
 @contextmanager
-def _of_a_kind(cfg: ModelConfig, task: Task) -> Iterator[None]:
+def of_a_kind(cfg: ModelConfig, task: Task) -> Iterator[None]:
     """Raise Unsupported inside where transformers has no such model with the task's head: T5 as a decoder, a ViT for text."""
     try:
         yield

@@ -21,7 +21,7 @@ SWITCHES: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": True},
     {"offload": "activations"},
     {"gradient_checkpointing": True, "offload": "activations"},
-)  # for less memory, the cheapest in time first
+)  # for less memory; checkpointing first, whose cost in FLOPs is counted
 
 
 @dataclass(frozen=True)

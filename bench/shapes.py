@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bench.model import freeze, linear_conv1d
+from bench.model import freeze, linear_conv1d, of_a_kind
 from bench.random_models import HEADS, RANDOM
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class UnknownShape(Exception):
 
 
 def skeleton(cfg: ModelConfig, task: Task) -> nn.Module:
-    """The model of `cfg` with the head of `task` on the meta device, frozen but for the head. Raises UnknownShape."""
+    """The model of `cfg` with the head of `task` on the meta device, frozen but for the head. Raises UnknownShape, Unsupported."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -80,7 +80,7 @@ def skeleton(cfg: ModelConfig, task: Task) -> nn.Module:
     options: dict[str, Any] = dict(dtype=getattr(torch, cfg.dtype))
     if not cfg.path.startswith("random:"):  # these have what their architecture has
         options["attn_implementation"] = cfg.attention
-    with torch.device("meta"):
+    with torch.device("meta"), of_a_kind(cfg, task):
         model = getattr(transformers, task.model_class).from_config(config, **options)
     for part in model.modules():  # would look for padding among token ids that have no values
         if isinstance(part, transformers.PreTrainedModel):

@@ -178,6 +178,11 @@ def test_a_grid_is_counted_cell_by_cell_and_says_what_is_skipped():
     assert "skipped: visual prompts" in text and text.splitlines()[-1].split()[:2] == ["all", "3"]
 
 
+def test_a_model_without_the_head_of_a_task_is_skipped_as_the_run_is():
+    (line,) = planning.plan(["method=lora", "model=random_t5", "task=gsm8k", *TINY])
+    assert line.cost.note.startswith("skipped: random:t5 cannot have the head of a generation task")
+
+
 def test_tuning_counts_its_trials_rungs_and_tested_seeds():
     options = ["hydra.sweeper.trials=8", "hydra.sweeper.rungs=2", "hydra.sweeper.final_seeds=[1,2,3]"]
     lines = list(planning.plan(["experiment=tune_brief", "model=random_bert", "task=rte", *TINY, *options]))
