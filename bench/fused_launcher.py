@@ -42,12 +42,14 @@ class FusedLauncher(Launcher):
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
         jobs = [self._job(list(o), initial_job_idx + k) for k, o in enumerate(job_overrides)]
         found: dict[int, JobReturn] = {}
-        for team in teams([kin(job) for job in jobs], self.runs):
+        groups = teams([kin(job) for job in jobs], self.runs)
+        counts = [self.processes or _processes(jobs[team[0]], len(team)) for team in groups]
+        for team, count in zip(groups, counts, strict=True):
             for k in team:
                 log.info("#%d : %s", initial_job_idx + k, " ".join(filter_overrides(job_overrides[k])))
             if len(team) == 1:
                 log.info("not fused: no other job has its method, model, task and batches")
-            found |= self._spread({k: jobs[k] for k in team})
+            found |= self._spread({k: jobs[k] for k in team}, count, fork=max(counts) > 1)
             self._log_of_the_sweep()
         return [found[k] for k in range(len(jobs))]
 
@@ -57,12 +59,11 @@ class FusedLauncher(Launcher):
             job.hydra.job.id = job.hydra.job.num = number
         return job
 
-    def _spread(self, jobs: dict[int, DictConfig]) -> dict[int, JobReturn]:
-        """What each job returned; in several processes at the same time, or all in this one."""
+    def _spread(self, jobs: dict[int, DictConfig], count: int, *, fork: bool) -> dict[int, JobReturn]:
+        """What each job returned; in `count` processes at the same time, or all in this one, which must then never `fork`."""
         from bench.fused_processes import apart, split
 
         first = jobs[min(jobs)]
-        count = self.processes or _processes(first, self.runs)
         parts = split([*jobs], count)
 
         def body(part: list[DictConfig]) -> list[JobReturn]:
@@ -70,7 +71,7 @@ class FusedLauncher(Launcher):
             return self._together(part)
 
         given = [[jobs[k] for k in part] for part in parts]
-        returned = apart(given, body) if count > 1 else [body(part) for part in given]
+        returned = apart(given, body) if fork else [body(part) for part in given]
         return {k: job for part, found in zip(parts, returned, strict=True) for k, job in zip(part, found, strict=True)}
 
     def _together(self, jobs: list[DictConfig]) -> list[JobReturn]:
