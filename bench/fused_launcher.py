@@ -31,6 +31,7 @@ class FusedLauncher(Launcher):
         if runs < 1 or (processes is not None and processes < 1):
             raise ValueError(f"hydra.launcher.runs={runs} and hydra.launcher.processes={processes} must be at least 1")
         self.runs, self.timed, self.processes = runs, timed, processes
+        self.computed = False  # here: what is forked from now on could wait for ever for this process's threads
 
     def setup(self, *, hydra_context: Any, task_function: Callable[..., Any], config: DictConfig) -> None:
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
@@ -43,13 +44,14 @@ class FusedLauncher(Launcher):
         jobs = [self._job(list(o), initial_job_idx + k) for k, o in enumerate(job_overrides)]
         found: dict[int, JobReturn] = {}
         groups = teams([kin(job) for job in jobs], self.runs)
-        counts = [self.processes or _processes(jobs[team[0]], len(team)) for team in groups]
+        counts = [1 if self.computed else self.processes or _processes(jobs[team[0]], len(team)) for team in groups]
+        self.computed = max(counts) == 1
         for team, count in zip(groups, counts, strict=True):
             for k in team:
                 log.info("#%d : %s", initial_job_idx + k, " ".join(filter_overrides(job_overrides[k])))
             if len(team) == 1:
                 log.info("not fused: no other job has its method, model, task and batches")
-            found |= self._spread({k: jobs[k] for k in team}, count, fork=max(counts) > 1)
+            found |= self._spread({k: jobs[k] for k in team}, count, fork=not self.computed)
             self._log_of_the_sweep()
         return [found[k] for k in range(len(jobs))]
 
@@ -60,18 +62,18 @@ class FusedLauncher(Launcher):
         return job
 
     def _spread(self, jobs: dict[int, DictConfig], count: int, *, fork: bool) -> dict[int, JobReturn]:
-        """What each job returned; in `count` processes at the same time, or all in this one, which must then never `fork`."""
+        """What each job returned; in `count` processes at the same time, or all in this one.
+
+        A process's threads are written into its jobs' configurations: they decide the last bits of a run.
+        """
         from bench.fused_processes import apart, split
 
-        first = jobs[min(jobs)]
         parts = split([*jobs], count)
-
-        def body(part: list[DictConfig]) -> list[JobReturn]:
-            torch.set_num_threads(first.threads or max(1, torch.get_num_threads() // len(parts)))
-            return self._together(part)
-
         given = [[jobs[k] for k in part] for part in parts]
-        returned = apart(given, body) if fork else [body(part) for part in given]
+        for job in jobs.values() if len(parts) > 1 else ():
+            with open_dict(job):
+                job.threads = job.threads or max(1, torch.get_num_threads() // len(parts))
+        returned = apart(given, self._together) if fork else [self._together(part) for part in given]
         return {k: job for part, found in zip(parts, returned, strict=True) for k, job in zip(part, found, strict=True)}
 
     def _together(self, jobs: list[DictConfig]) -> list[JobReturn]:

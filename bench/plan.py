@@ -1,8 +1,9 @@
 """python -m bench.plan experiment=NAME: the cells of a grid, what is skipped, hours, memory and disk, before anything runs.
 
 Each cell's model is built from its shape alone and its method applied to that, so that FLOPs, activations and parameters
-are counted, not guessed. Where a cell exceeds the GPU's memory, the plan says with which switches it fits. Seconds are FLOPs / rate: the rate is measured here in a few seconds, or is a share of the named
-GPU's peak (`--gpu`, `--share`), which is an assumption.
+are counted, not guessed; that takes seconds for a large model. Where a cell exceeds the GPU's memory, the plan says with which
+switches it fits. Seconds of a run are FLOPs / rate: the rate is measured here in a few seconds, or is a share of the named GPU's
+peak (`--gpu`, `--share`), which is an assumption.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def main() -> int:
         "--share", type=float, default=SHARE, help="of its peak that training reaches (default %(default)s)"
     )
     args = parser.parse_args()
-    lines = list(plan(args.overrides, GPUS[args.gpu][2] * 2**30 if args.gpu else own_memory()))
+    from tqdm import tqdm
+
+    found = plan(args.overrides, GPUS[args.gpu][2] * 2**30 if args.gpu else own_memory())
+    lines = list(tqdm(found, "counting", unit=" lines", leave=False, disable=None))
     rates = {p: gpu_rate(args.gpu, p, args.share) if args.gpu else calibrate() for p in {x.precision for x in lines}}
     print(table(lines, rates, None if args.gpu else around()))
     print(explain(args.gpu, args.share, rates))

@@ -31,9 +31,10 @@ def code_book(kind: str, device: torch.device) -> Tensor:
         return torch.tensor(NF4, device=device)
     if kind == "nf4_pairs":
         return torch.cartesian_prod(*2 * [code_book("nf4", device)])
-    edges = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]
-    positive = torch.cat([(e[1:] + e[:-1]) / 2 * 10.0 ** (i - 6) for i, e in enumerate(edges)])
-    return torch.cat([positive, -positive, torch.tensor([0.0, 1.0])]).sort().values.to(device)
+    with torch.device("cpu"):  # wherever the model is being built
+        edges = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]
+        positive = torch.cat([(e[1:] + e[:-1]) / 2 * 10.0 ** (i - 6) for i, e in enumerate(edges)])
+        return torch.cat([positive, -positive, torch.tensor([0.0, 1.0])]).sort().values.to(device)
 
 
 def quantise(values: Tensor, block: int, kind: str) -> tuple[Tensor, Tensor]:
