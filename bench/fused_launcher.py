@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
@@ -66,6 +65,8 @@ class FusedLauncher(Launcher):
 
         A process's threads are written into its jobs' configurations: they decide the last bits of a run.
         """
+        import torch
+
         from bench.fused_processes import apart, split
 
         parts = split([*jobs], count)
@@ -112,6 +113,8 @@ def kin(job: DictConfig) -> str:
 
 def _processes(job: DictConfig, runs: int) -> int:
     """On a CPU as many as have four runs, and a core for each thread that `threads` asks for, which is one; a GPU has one."""
+    import torch
+
     on_cpu = job.device == "cpu" or (job.device == "auto" and not torch.cuda.is_available())
     return max(1, min(torch.get_num_threads() // (job.threads or 1), runs // 4)) if on_cpu else 1
 
