@@ -74,7 +74,13 @@ class FusedLauncher(Launcher):
         for job in jobs.values() if len(parts) > 1 else ():
             with open_dict(job):
                 job.threads = job.threads or max(1, torch.get_num_threads() // len(parts))
-        returned = apart(given, self._together) if fork else [self._together(part) for part in given]
+
+        def body(part: list[DictConfig]) -> list[JobReturn]:
+            if part[0].threads:
+                torch.set_num_threads(part[0].threads)
+            return self._together(part)
+
+        returned = apart(given, body) if fork else [body(part) for part in given]
         return {k: job for part, found in zip(parts, returned, strict=True) for k, job in zip(part, found, strict=True)}
 
     def _together(self, jobs: list[DictConfig]) -> list[JobReturn]:

@@ -75,7 +75,7 @@ BENCHMARKS: dict[str, tuple[str, list[Goal]]] = {  # module: its options here, i
         [Goal("whole run on short text, Trainer over ours", rf"^Trainer / ours: median {NUMBER}", ">= 2.5")],
     ),
     "fused": (
-        "--shapes 128x2 --rows 200 --rounds 1",
+        "--shapes 128x2 --rounds 1",
         [Goal("eight small runs, Trainer over fused", rf"^128x2: .* Trainer / fused: median {NUMBER}", ">= 2")],
     ),
     "generation": (
