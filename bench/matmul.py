@@ -48,6 +48,12 @@ def used() -> str:
     return "torch" if _kernels is None else "onednn"
 
 
+def threads(count: int) -> None:
+    """Give torch this many threads; to say so anew, as torch does it, would make oneDNN forget the kernels it has compiled."""
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+
+
 @cache
 def available() -> bool:
     """Whether this torch has oneDNN, and its linear layer for plain tensors."""

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import clock
+from bench import clock, matmul
 
 log = logging.getLogger("bench")
 _here = threading.local()
@@ -108,7 +108,7 @@ class Member:
         self._resume()
 
     def _resume(self) -> None:
-        torch.set_num_threads(self.turns.threads if self.alone else 1)
+        matmul.threads(self.turns.threads if self.alone else 1)
         self.draws.give()
         for (_, write), value in zip(self.turns.keeps, self._kept, strict=True):
             write(value)
@@ -159,7 +159,7 @@ class Turns:
     def lead(self, group: list[Member]) -> None:
         """Answer `group`; where that fails, every member begins anew, one after the other. Runs in the thread of the first."""
         since = time.perf_counter()
-        torch.set_num_threads(self.threads)
+        matmul.threads(self.threads)
         try:
             self.respond(group)
         except Exception as error:
