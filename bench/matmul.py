@@ -6,7 +6,8 @@ width on every maker's CPU. `python -m benchmarks.matmul` measures both.
 
 The two operators that all linear layers and their gradients come down to, `mm` and `addmm`, are given another kernel, as
 `torch.library` offers it. Other types, small factors, and layouts that oneDNN would take its reference code for stay torch's.
-Which of the two computes a product never depends on its number of rows (but for one row alone): a row is the same beside others.
+Which of the two computes a product of rows never depends on their number (but for one alone): a row is the same beside others.
+A weight's gradient, whose first factor lies by columns, sums over the rows: there their number decides.
 """
 
 from __future__ import annotations
