@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import io
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import tasks  # noqa: F401  (fills Hydra's store with the schemas of tasks)
 from bench.config import to_config
-from bench.imports import collect, uncollected
+from bench.imports import at_the_end, collect
 
 if TYPE_CHECKING:
     from bench.record import Record
@@ -39,10 +40,9 @@ def main(cfg: Any) -> str:
     except (ValueError, OmegaConfBaseException) as error:
         print(f"error: {error}", file=sys.stderr)
         return f"error: {error}"
-    with uncollected():
-        import datasets  # noqa: F401  (every run asks for its rows)
+    import datasets  # noqa: F401  (every run asks for its rows)
 
-        from bench.run import run
+    from bench.run import run
 
     collect()
     record = run(config, since=_since())
@@ -77,6 +77,7 @@ def command_line() -> int:
         show()
         return 0
     gc.disable()  # until `main`: modules and configurations are no garbage, and looking at them takes a second
+    atexit.register(at_the_end)
     import methods  # noqa: F401  (fills Hydra's store with the schemas of methods)
     from bench.suggest import suggest
     from bench.table import exit_code, seen, table

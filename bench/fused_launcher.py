@@ -34,6 +34,14 @@ class FusedLauncher(Launcher):
 
     def setup(self, *, hydra_context: Any, task_function: Callable[..., Any], config: DictConfig) -> None:
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+        self.load = hydra_context.config_loader.load_sweep_config
+        self.composed: dict[tuple[str, ...], DictConfig] = {}
+        hydra_context.config_loader.load_sweep_config = self._compose
+
+    def _compose(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """A job's configuration, kept: Hydra's sweeper has all composed, to see that they can be, before they are launched."""
+        found = self.composed[tuple(sweep_overrides)] = self.load(master_config, sweep_overrides)
+        return found
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs, team by team; what each returned, in their order."""
@@ -55,7 +63,8 @@ class FusedLauncher(Launcher):
         return [found[k] for k in range(len(jobs))]
 
     def _job(self, overrides: list[str], number: int) -> DictConfig:
-        job = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        kept = self.composed.pop(tuple(overrides), None)
+        job = self.load(self.config, overrides) if kept is None else kept
         with open_dict(job):
             job.hydra.job.id = job.hydra.job.num = number
         return job

@@ -81,6 +81,20 @@ def test_a_row_is_the_same_beside_others() -> None:
         assert torch.equal(F.linear(x[:rows], w, b), whole[:rows]), rows
 
 
+@pytest.mark.parametrize("rows", [70, 80, 299])
+def test_an_even_number_of_rows_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul.use("onednn")
+    x, g, w, b = torch.randn(rows, 160), torch.randn(rows, 256), torch.randn(256, 160), torch.randn(256)
+
+    def products() -> list[Tensor]:
+        return [F.linear(x, w, b), g @ w, g.t() @ x]  # forward, by x, by w
+
+    found = products()
+    monkeypatch.setattr(matmul, "MANY", rows + 1)
+    assert all(map(torch.equal, found, products()))
+    assert [t.untyped_storage().nbytes() for t in found] == [t.nbytes for t in found]
+
+
 def test_small_products_are_torchs() -> None:
     """Narrow layers with few rows, whose time is that of a call; the gradient of a weight counts what it sums over."""
     matmul.use("onednn")
