@@ -22,7 +22,7 @@ MEASURED = {  # what else one front holds one value of, where these costs are on
     "device": ("memory", "time"),
     "memory_kind": ("memory", "time"),
     "padding": ("memory", "time", "flops"),
-    "matmul": ("time",),
+    "cpu": ("time",),
 }
 WITHIN = ("protocol", "data_revision", "metric")  # facts of a task: they may differ between tasks
 
@@ -47,7 +47,7 @@ def pareto(
 
     Raises Mixed for rows of different sources, tasks, models, protocols, metrics, data revisions or test data, of
     generated and real data, and, where a cost is a memory or a time, of different devices or ways of measuring, of
-    products by torch and by oneDNN (time), or of packed and padded batches (FLOPs too). Different software only warns.
+    different CPUs, numbers of threads or products by torch and by oneDNN (time), or of packed and padded batches (FLOPs too). Different software only warns.
     """
     objectives = [*([cost] if isinstance(cost, str) else cost), score]
     for name in (*objectives, *by, *(maximise or ())):

@@ -38,8 +38,8 @@ def load(folder: str | Path = "results") -> pd.DataFrame:
 
     Nested values become `memory_peak`, `time_step`, `data_standin`, `config_train_lr`, `metrics_test/accuracy`, ...
     Keys of a configuration that came after a record was written have their defaults there (`analysis/defaults.py`).
-    Derived columns: `source` (whose results: "paretune" for records), `protocol`, `device`, `memory_kind`, `matmul` (who
-    computes products on a CPU: torch, as before there was a choice, or onednn), `software`
+    Derived columns: `source` (whose results: "paretune" for records), `protocol`, `device`, `memory_kind`, `cpu` (which one,
+    its threads, and who computes products, torch or onednn, of runs that were timed on a CPU), `software`
     (fingerprint of the versions), `settings` (hash of the config without the seed), `data_fingerprint` (content of the
     test split) and `path`.
     A file that is no record is left out, named in `df.attrs["problems"]` (path, problem) and in one warning.
@@ -169,12 +169,21 @@ def _derived(record: Record) -> dict[str, Any]:
         "device": _text(environment.get("device")),
         "memory_kind": _text(environment.get("memory")),
         "padding": (record.model_source.get("padding") or {}).get("kind"),
-        "matmul": (environment.get("matmul") or "torch") if str(environment.get("device")).endswith("cpu") else None,
+        "cpu": _cpu(record),
         "software": _text(environment.get("software") or {k: environment.get(k) for k in _SOFTWARE}) or None,
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8],
         "data_fingerprint": _text(prints.get("test")) if isinstance(prints, dict) else None,
         "data_standin": bool(data.get("standin")) or record.task.endswith("(stand-in)"),
     }
+
+
+def _cpu(record: Record) -> str | None:
+    """Whose seconds they are: "AMD EPYC, 2 threads, products by onednn"; None on a GPU, and where no step was timed (fused runs)."""
+    environment = record.environment
+    if not str(environment.get("device")).endswith("cpu") or not (record.time.get("step") or record.time.get("eval")):
+        return None
+    threads, products = environment.get("threads"), environment.get("matmul") or "torch"  # as before there was a choice
+    return f"{environment.get('cpu') or 'cpu'}, {threads} threads, products by {products}"
 
 
 def _text(value: Any) -> str | None:

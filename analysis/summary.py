@@ -20,10 +20,11 @@ FENCE = (
     "memory_kind",
     "device",
     "padding",
-    "matmul",
+    "cpu",
     "software",
     "data_split",
 )
+UNKNOWN = ("data_revision", "cpu")  # of FENCE: to lack it is no difference
 LEVEL = 0.95
 
 
@@ -58,13 +59,15 @@ def summarise(runs: pd.DataFrame, by: Sequence[str] = BY) -> pd.DataFrame:
 
 
 def _fill(runs: pd.DataFrame, same: list[str]) -> pd.DataFrame:
-    """A run that failed before it knew its data or device belongs to the runs of its own settings."""
+    """A run that failed before it knew its data or device belongs to the runs of its own settings.
+
+    So does one of an unknown revision, and one that was not timed, where the others have but one revision and one CPU.
+    """
     names = [name for name in FENCE if name not in same]
     known = runs.groupby(same, dropna=False)[names].transform("first")
     ran = runs["status"] == "ok" if "status" in runs else pd.Series(True, index=runs.index)
-    alone = runs.groupby(same, dropna=False)["data_revision"].transform("nunique") == 1
-    revision = runs["data_revision"].fillna(known["data_revision"].where(alone, None))  # unknown is no difference
-    runs = runs.assign(data_revision=revision)
+    one = runs.groupby(same, dropna=False)[[*UNKNOWN]].transform("nunique") == 1
+    runs = runs.assign(**{name: runs[name].fillna(known[name].where(one[name], None)) for name in UNKNOWN})
     return runs.assign(**{name: runs[name].where(runs[name].notna() | ran, known[name]) for name in names})
 
 

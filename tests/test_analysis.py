@@ -411,32 +411,42 @@ FLAT = {
 }
 
 
-def test_seconds_of_two_ways_to_compute_products_are_never_averaged_or_drawn_together():
-    """Records from before there was a choice were computed by torch."""
-    old, torch_, onednn = (
-        synthetic(seed=i, environment=FLAT | extra)
-        for i, extra in enumerate(({}, {"matmul": "torch"}, {"matmul": "onednn"}))
-    )
-    runs = frame(old, torch_, onednn)
-    assert runs.sort_values("seed")["matmul"].tolist() == ["torch", "torch", "onednn"]
+def on(seed, cpu="AMD EPYC", threads=2, device="cpu", **changes):
+    """A record that was timed on this CPU."""
+    about = FLAT | {"device": device, "cpu": cpu, "threads": threads} | changes.pop("extra", {})
+    return synthetic(seed=seed, environment=about, **changes)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"extra": {"matmul": "onednn"}}, {"threads": 1}, {"cpu": "Intel Xeon"}],
+)
+def test_seconds_of_two_cpus_are_never_averaged_or_drawn_together(other):
+    """Nor those of one with other threads, or with products by another library; before there was a choice, by torch."""
+    runs = frame(on(0), on(1, extra={"matmul": "torch"}), on(2, **other))
+    assert runs.sort_values("seed")["cpu"].iloc[0] == "AMD EPYC, 2 threads, products by torch"
     table = analysis.summarise(runs)
-    assert sorted(zip(table["matmul"], table["n"], strict=True)) == [("onednn", 1), ("torch", 2)]
-    assert set(table["label"]) == {"lora (matmul=torch)", "lora (matmul=onednn)"}
+    assert sorted(table["n"]) == [1, 2] and "lora (cpu=AMD EPYC, 2 threads, products by torch)" in set(table["label"])
     for cost in ("time_step", "time_total"):
-        with pytest.raises(Mixed, match="matmul: onednn, torch"):
+        with pytest.raises(Mixed, match="cpu: .*AMD EPYC, 2 threads, products by torch"):
             analysis.pareto(table, cost)
     for cost in ("trained_params", "memory_peak", "flops_train_step"):
         assert analysis.pareto(table, cost)["front"].notna().all()
     assert views(table.assign(view=0)).nunique() == 2
 
 
-def test_a_gpu_computes_its_own_products():
-    gpu = FLAT | {"device": "NVIDIA A100", "memory": "cuda_allocator"}
-    runs = frame(
-        synthetic(environment=gpu | {"matmul": "onednn"}), synthetic(seed=1, environment=gpu | {"matmul": "torch"})
-    )
-    assert runs["matmul"].isna().all() and len(analysis.summarise(runs)) == 1
-    assert frame(synthetic(environment=FLAT | {"device": "2 x cpu"}))["matmul"].tolist() == ["torch"]
+def test_what_was_not_timed_has_no_cpu_and_joins_the_others():
+    """A run that was trained beside others, on one thread, is a seed like any other: its score counts."""
+    fused = on(2, threads=1, time={"fused_step": 0.1, "step": None, "total": None})
+    assert frame(fused)["cpu"].isna().all()
+    assert analysis.summarise(frame(on(0), on(1), fused))["n"].tolist() == [3]
+    assert sorted(analysis.summarise(frame(on(0), on(1, threads=4), fused))["n"]) == [1, 1, 1]
+
+
+def test_a_gpu_is_not_told_by_its_cpu():
+    runs = frame(on(0, device="NVIDIA A100"), on(1, "Intel Xeon", 8, device="NVIDIA A100"))
+    assert runs["cpu"].isna().all() and len(analysis.summarise(runs)) == 1
+    assert frame(on(0, device="2 x cpu"))["cpu"].notna().all()
 
 
 def test_the_software_of_real_records_is_known():
