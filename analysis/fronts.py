@@ -47,7 +47,8 @@ def pareto(
 
     Raises Mixed for rows of different sources, tasks, models, protocols, metrics, data revisions or test data, of
     generated and real data, and, where a cost is a memory or a time, of different devices or ways of measuring, of
-    different CPUs, numbers of threads or products by torch and by oneDNN (time), or of packed and padded batches (FLOPs too). Different software only warns.
+    different CPUs, their threads or their matrix products (time), or of packed and padded batches (FLOPs too). Different
+    software only warns.
     """
     objectives = [*([cost] if isinstance(cost, str) else cost), score]
     for name in (*objectives, *by, *(maximise or ())):

@@ -138,7 +138,7 @@ function table() {
   byId("shown").textContent = `${rows.length} of ${D.rows.length} rows${S.table === ALL ? "" : `: ${S.task}, ${S.model}`}`;
 }
 function csv() {
-  const keys = D.columns.map(c => c.key), ends = ["", "_sd", "_low", "_high"], facts = ["task", "model", "method", "label", "standin", "n", "missing", "metric", "protocol", "device", "memory_kind", "software"];
+  const keys = D.columns.map(c => c.key), ends = ["", "_sd", "_low", "_high"], facts = ["task", "model", "method", "label", "standin", "n", "missing", "metric", "protocol", "device", "cpu", "memory_kind", "software"];
   // A leading = + - @ would run as a formula in a spreadsheet: such text gets an apostrophe.
   const quote = v => (typeof v === "string" ? '"' + v.replace(/^[=+\-@\t\r]/, "'$&").replaceAll('"', '""') + '"' : v === null ? "" : String(v));
   const lines = visible().map(r => [...facts.map(f => r[f]), ...keys.flatMap(k => r.values[k])].map(quote).join(","));

@@ -73,7 +73,7 @@ def payload(runs: pd.DataFrame, title: str) -> dict[str, Any]:
     }
 
 
-_ENVIRONMENT = ("device", "memory_kind", "software", "environment_commit", "environment_python", "environment_os")
+_ENVIRONMENT = ("device", "cpu", "memory_kind", "software", "environment_commit", "environment_python", "environment_os")
 
 
 def views(table: pd.DataFrame) -> pd.Series:
@@ -117,6 +117,7 @@ def _row(row: dict[Any, Any], columns: list[str]) -> dict[str, Any]:
         "metric",
         "protocol",
         "device",
+        "cpu",
         "memory_kind",
         "software",
         "experiment",

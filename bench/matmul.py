@@ -29,7 +29,7 @@ LEAST = 2**12  # numbers of the second factor; below, thousands of rows alone ga
 WORK = 2**20  # multiplications of the gradient of a weight, which sums over rows: likewise
 EVEN = 16  # rows, or a multiple of it
 MANY = 64  # rows: of fewer there are few shapes
-SMALL = 2**27  # multiplications: in a larger product a kernel's compilation is soon forgotten
+SMALL = 2**25  # multiplications: in a larger product a compilation is soon forgotten
 _kernels: Any = None  # while they stand
 
 

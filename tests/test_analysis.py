@@ -428,7 +428,7 @@ def test_seconds_of_two_cpus_are_never_averaged_or_drawn_together(other):
     table = analysis.summarise(runs)
     assert sorted(table["n"]) == [1, 2] and "lora (cpu=AMD EPYC, 2 threads, products by torch)" in set(table["label"])
     for cost in ("time_step", "time_total"):
-        with pytest.raises(Mixed, match="cpu: .*AMD EPYC, 2 threads, products by torch"):
+        with pytest.raises(Mixed, match=r"cpu: .*AMD EPYC, 2 threads, products by torch"):
             analysis.pareto(table, cost)
     for cost in ("trained_params", "memory_peak", "flops_train_step"):
         assert analysis.pareto(table, cost)["front"].notna().all()
