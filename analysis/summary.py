@@ -24,7 +24,7 @@ FENCE = (
     "software",
     "data_split",
 )
-UNKNOWN = ("data_revision", "cpu")  # of FENCE: to lack it is no difference
+UNKNOWN = {"data_revision": [], "cpu": ["device"]}  # of FENCE: to lack it is no difference from runs that are the same in these
 LEVEL = 0.95
 
 
@@ -61,13 +61,15 @@ def summarise(runs: pd.DataFrame, by: Sequence[str] = BY) -> pd.DataFrame:
 def _fill(runs: pd.DataFrame, same: list[str]) -> pd.DataFrame:
     """A run that failed before it knew its data or device belongs to the runs of its own settings.
 
-    So does one of an unknown revision, and one that was not timed, where the others have but one revision and one CPU.
+    So does one of an unknown revision, and one that was not timed, where the others have but one revision, one CPU.
     """
     names = [name for name in FENCE if name not in same]
     known = runs.groupby(same, dropna=False)[names].transform("first")
     ran = runs["status"] == "ok" if "status" in runs else pd.Series(True, index=runs.index)
-    one = runs.groupby(same, dropna=False)[[*UNKNOWN]].transform("nunique") == 1
-    runs = runs.assign(**{name: runs[name].fillna(known[name].where(one[name], None)) for name in UNKNOWN})
+    for name, besides in UNKNOWN.items():
+        values = runs.groupby([*dict.fromkeys([*same, *besides])], dropna=False)[name]
+        only = values.transform("first").where(values.transform("nunique") == 1, None)
+        runs = runs.assign(**{name: runs[name].fillna(only)})
     return runs.assign(**{name: runs[name].where(runs[name].notna() | ran, known[name]) for name in names})
 
 

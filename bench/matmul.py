@@ -10,7 +10,7 @@ Which of the two computes a product of rows never depends on their number (but f
 A weight's gradient, whose first factor lies by columns, sums over the rows: there their number decides.
 
 oneDNN compiles a kernel for each shape, in 0.2 to 0.8 ms, and keeps the last 1,024. Packed batches have another number of tokens at
-every step: small products of many rows are brought up to an even number of them by rows of zeros, the same to the bit.
+every step: small products of many rows are brought up to a multiple of 16 of them by rows of zeros, the same to the bit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 LEAST = 2**12  # numbers of the second factor; below, thousands of rows alone gain back oneDNN's start (10 us)
 WORK = 2**20  # multiplications of the gradient of a weight, which sums over rows: likewise
-EVEN = 16  # rows, or a multiple of it
+MULTIPLE = 16  # of rows
 MANY = 64  # rows: of fewer there are few shapes
 SMALL = 2**25  # multiplications: in a larger product a compilation is soon forgotten
 _kernels: Any = None  # while they stand
@@ -92,7 +92,7 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     sums = not a.is_contiguous()  # over the rows, the gradient of a weight
     rows = a.shape[1] if sums else a.shape[0]
-    more = -rows % EVEN
+    more = -rows % MULTIPLE
     if not more or rows < MANY or a.numel() * b.shape[1] > SMALL:
         return _onednn(a, b, bias)
     if sums:

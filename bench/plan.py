@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument(
         "--share", type=float, default=SHARE, help="of its peak that training reaches (default %(default)s)"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     from tqdm import tqdm
 
     found = plan(args.overrides, GPUS[args.gpu][2] * 2**30 if args.gpu else own_memory())

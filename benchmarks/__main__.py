@@ -68,7 +68,8 @@ BENCHMARKS: dict[str, tuple[str, list[Goal]]] = {  # module: its options here, i
         [
             Goal(f"{method}: an epoch over one on kept features", rf"^{method} bert(?: +[\d.]+){{3}} +{NUMBER}x", ">= 10")
             for method in ("linear_probe", "lst")
-        ],
+        ]
+        + [Goal("lst: kept features over the side network's steps", rf"^lst bert .* kept/alone {NUMBER}", "<= 1.5")],
     ),
     "training": (
         "--rows 2000 --rounds 1",

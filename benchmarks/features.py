@@ -149,6 +149,7 @@ def main() -> None:
             line = cell(*words, args)
         seconds = " ".join(f"{line[name]:8.3f}" for name in ("again", "kept", "once"))
         alone = f" alone {line['alone']:.3f} s, {line['again'] / line['alone']:.1f}x;" if line["alone"] > 0 else ""
+        alone += f" kept/alone {line['kept'] / line['alone']:.2f};" if line["alone"] > 0 else ""
         values = f"{seconds} {line['ratio']:9.1f}x {line['first']:10.2f}x {line['flops']:8.1f}x"
         goal = f" goal {GOAL:.0f}x {'met' if line['ratio'] >= GOAL else 'missed'}" if words[0] != "telly" else ""
         print(f"{line['cell']:20} {values}  {line['kept_states']};{alone}{goal}", flush=True)

@@ -447,6 +447,8 @@ def test_a_gpu_is_not_told_by_its_cpu():
     runs = frame(on(0, device="NVIDIA A100"), on(1, "Intel Xeon", 8, device="NVIDIA A100"))
     assert runs["cpu"].isna().all() and len(analysis.summarise(runs)) == 1
     assert frame(on(0, device="2 x cpu"))["cpu"].notna().all()
+    both = analysis.summarise(frame(on(0), on(1, device="NVIDIA A100")))
+    assert both.set_index("device")["cpu"].isna().to_dict() == {"cpu": False, "NVIDIA A100": True}
 
 
 def test_the_software_of_real_records_is_known():

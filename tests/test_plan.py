@@ -224,3 +224,10 @@ def test_the_sum_holds_the_start_of_the_command_and_of_each_run():
 def test_what_a_command_takes_beside_its_steps_is_timed_on_a_real_one():
     start, each = planning.around()
     assert 0.01 < each < start
+
+
+def test_options_stand_anywhere_among_the_overrides(monkeypatch, capsys):
+    given = ["bench.plan", "method=lora", "--gpu", "a100", "model=random_bert", "task=rte"]
+    monkeypatch.setattr("sys.argv", given)
+    assert planning.main() == 0
+    assert "lora" in (shown := capsys.readouterr().out) and "A100" in shown.upper()
