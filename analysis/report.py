@@ -73,7 +73,15 @@ def payload(runs: pd.DataFrame, title: str) -> dict[str, Any]:
     }
 
 
-_ENVIRONMENT = ("device", "cpu", "memory_kind", "software", "environment_commit", "environment_python", "environment_os")
+_ENVIRONMENT = (
+    "device",
+    "cpu",
+    "memory_kind",
+    "software",
+    "environment_commit",
+    "environment_python",
+    "environment_os",
+)
 
 
 def views(table: pd.DataFrame) -> pd.Series:

@@ -24,7 +24,7 @@ FENCE = (
     "software",
     "data_split",
 )
-UNKNOWN = {"data_revision": [], "cpu": ["device"]}  # of FENCE: to lack it is no difference from runs that are the same in these
+UNKNOWN = {"data_revision": [], "cpu": ["device"]}  # to lack it is no difference from runs that agree in these
 LEVEL = 0.95
 
 
