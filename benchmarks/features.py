@@ -9,8 +9,8 @@ features (`again`), with them (`kept`), the seconds to compute them once (`once`
 trained is computed in both, so that a method that trains the upper half of the blocks gains no more than their half, and
 `lst` no more than its side network leaves. `alone` are the seconds of the side network's own training steps, without model,
 reading, head, clipping and scoring: the attention of its narrow heads and its narrow products are slow for their FLOPs. No cache can
-give more than again / alone, printed behind it. `--base` takes BERT-base's 12 x 768 instead. Goal: 10x where only the head, or a
-side network, is trained.
+give more than again / alone, printed behind it; kept / alone is how near to that it comes. `--base` takes BERT-base's 12 x 768
+instead. Goal: 10x where only the head, or a side network, is trained.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def main() -> None:
             os.environ["PARETUNE_CACHE"] = folder
             line = cell(*words, args)
         seconds = " ".join(f"{line[name]:8.3f}" for name in ("again", "kept", "once"))
-        alone = f" alone {line['alone']:.3f} s, {line['again'] / line['alone']:.1f}x;" if line["alone"] > 0 else ""
-        alone += f" kept/alone {line['kept'] / line['alone']:.2f};" if line["alone"] > 0 else ""
+        again, kept, least = line["again"], line["kept"], line["alone"]
+        alone = f" alone {least:.3f} s, {again / least:.1f}x; kept/alone {kept / least:.2f};" if least > 0 else ""
         values = f"{seconds} {line['ratio']:9.1f}x {line['first']:10.2f}x {line['flops']:8.1f}x"
         goal = f" goal {GOAL:.0f}x {'met' if line['ratio'] >= GOAL else 'missed'}" if words[0] != "telly" else ""
         print(f"{line['cell']:20} {values}  {line['kept_states']};{alone}{goal}", flush=True)

@@ -89,7 +89,10 @@ def test_a_multiple_of_rows_changes_nothing(rows: int, monkeypatch: pytest.Monke
     def products() -> list[Tensor]:
         return [F.linear(x, w, b), g @ w, g.t() @ x]  # forward, by x, by w
 
+    longer, added = matmul._longer, []
+    monkeypatch.setattr(matmul, "_longer", lambda x, more: added.append(more) or longer(x, more))
     found = products()
+    assert added == ([] if rows == 80 else [-rows % 16] * 4)  # both factors of the last
     monkeypatch.setattr(matmul, "MANY", rows + 1)
     assert all(map(torch.equal, found, products()))
     assert [t.untyped_storage().nbytes() for t in found] == [t.nbytes for t in found]
