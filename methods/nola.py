@@ -14,18 +14,22 @@ from torch.nn import functional as F
 from methods.base import Adapted, new_parameter, register
 from methods.lora import LoRA
 
-AT_ONCE = 2**22  # numbers of the bases that exist at one time
+AT_ONCE = 2**20  # numbers of the bases that exist at one time; few enough for a CPU's caches
 
 
 def numbers(seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """Numbers `first` to `first + count` of the uniform stream `seed` in [-1, 1), (count,) in float32.
+    """Numbers `first` to `first + count` of the uniform stream `seed` in [-1, 1], (count,) in float32.
 
-    SplitMix64 of the position: the same on every device, which torch's generators are not, and from anywhere.
+    Each output of SplitMix64, a function of its position alone, gives two: the same on every device, which torch's
+    generators are not, and from anywhere.
     """
-    z = torch.arange(first + 1, first + count + 1, device=device).mul_(-0x61C8864680B583EB).add_(seed)
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        z.bitwise_xor_((z >> shift) & ((1 << (64 - shift)) - 1)).mul_(factor)  # a logical shift of signed integers
-    return ((z >> 40) & 0xFFFFFF).float().mul_(2.0**-23).sub_(1.0)
+    z = torch.arange(first // 2 + 1, (first + count + 1) // 2 + 1, device=device)
+    z.mul_(-0x61C8864680B583EB).add_(seed)
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        z.bitwise_xor_((z >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(
+            factor
+        )  # a logical shift of signed integers
+    return z.view(torch.int32)[first % 2 :][:count].float().mul_(2.0**-31)
 
 
 class Mixture(torch.autograd.Function):
@@ -36,12 +40,12 @@ class Mixture(torch.autograd.Function):
 
     @staticmethod
     def bases(k: int, seed: int, shape: tuple[int, int], like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The bases in groups: their places, and (group, rows * columns)."""
+        """sqrt(k) times the bases in groups: their places, and (group, rows * columns)."""
         size = shape[0] * shape[1]
         group = max(1, AT_ONCE // size)
         for i in range(0, k, group):
             count = min(group, k - i)
-            values = numbers(seed, i * size, count * size, like.device).div_(math.sqrt(k))
+            values = numbers(seed, i * size, count * size, like.device)
             yield slice(i, i + count), values.view(count, size).to(like.dtype)
 
     @staticmethod
@@ -50,11 +54,11 @@ class Mixture(torch.autograd.Function):
         total = c.new_zeros(shape[0] * shape[1])
         for places, G in Mixture.bases(len(c), seed, shape, c):
             total += c[places] @ G
-        return total.view(shape)
+        return (total / math.sqrt(len(c))).view(shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        grad = grads[0].flatten()
+        grad = grads[0].flatten() / math.sqrt(ctx.k)
         return torch.cat([G @ grad for _, G in Mixture.bases(ctx.k, ctx.seed, ctx.shape, grad)]), None, None
 
 
@@ -98,7 +102,7 @@ class NOLA(LoRA):
     """Linear combinations of low-rank random bases: the count depends neither on the rank nor on the width.
 
     `bases_a` and `bases_b` are the paper's k and l. The released code makes all bases at once; this file makes them in
-    groups, as the paper says, forward and again backward: slow on a CPU.
+    groups, as the paper says, forward and again backward.
     """
 
     lr: ClassVar[float] = 5e-3  # gpt/scripts/finetune_gpt2m_e2e_qv_nola.sh of the released code, without weight decay

@@ -146,8 +146,8 @@ def nola_change(layer, p):
     factors = {}
     for (which, (rows, columns)), seed in zip(shapes.items(), layer.seeds, strict=True):
         k = len(p[which])
-        G = nola.numbers(seed, 0, k * rows * columns, p[which].device).view(k, rows, columns) / math.sqrt(k)
-        factors[which] = torch.einsum("k,kij->ij", p[which], G.double())
+        G = nola.numbers(seed, 0, k * rows * columns, p[which].device).view(k, rows, columns)
+        factors[which] = torch.einsum("k,kij->ij", p[which], G.double()) / math.sqrt(k)
     return layer.scale * factors["b"] @ (layer.A0 + factors["a"])
 
 
@@ -330,15 +330,20 @@ def test_nola_moves_b_first_and_then_both():
 
 
 def test_nola_draws_splitmix64():
-    def expected(seed: int, i: int) -> float:
+    def output(seed: int, i: int) -> int:
         z = (seed + (i + 1) * 0x9E3779B97F4A7C15) % 2**64
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-        return (z >> 40) / 2**23 - 1
+        return z ^ (z >> 31)
 
+    assert [output(1234567, i) for i in range(2)] == [6457827717110365317, 3203168211198807973]  # as widely published
     for seed in (0, 5, 2**62 - 1):
-        drawn = nola.numbers(seed, 10, 1000, torch.device("cpu"))
-        assert drawn.tolist() == [expected(seed, i) for i in range(10, 1010)]
+        halves = b"".join(output(seed, i).to_bytes(8, "little") for i in range(600))
+        expected = torch.frombuffer(bytearray(halves), dtype=torch.int32).float() / 2**31
+        for first, count in ((0, 1200), (10, 1000), (11, 1000), (7, 1)):
+            drawn = nola.numbers(seed, first, count, torch.device("cpu"))
+            assert torch.equal(drawn, expected[first : first + count])
+        drawn = expected
         assert drawn.abs().mean() == pytest.approx(0.5, abs=0.03) and drawn.mean() == pytest.approx(0, abs=0.06)
 
 
