@@ -22,7 +22,9 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
 
 @cache
 def code_book(kind: str, device: torch.device) -> Tensor:
-    """The values that codes stand for, ascending: `nf4` (16,), `nf4_pairs` (256, 2) of a byte, `float8` (256,) for the scales.
+    """The values that codes stand for, ascending: `nf4` (16,), `float8` (256,) for the scales; `nf4_pairs` (256,) of a byte.
+
+    A pair is one complex number, which is looked up four times as fast as a row of two.
 
     The last is the dynamic 8-bit float of Dettmers et al., https://arxiv.org/abs/2110.02861: 2^i values between
     0.1 and 1 times 10^(i - 6), i = 0 to 6, with both signs, and 0 and 1.
@@ -30,7 +32,7 @@ def code_book(kind: str, device: torch.device) -> Tensor:
     if kind == "nf4":
         return torch.tensor(NF4, device=device)
     if kind == "nf4_pairs":
-        return torch.cartesian_prod(*2 * [code_book("nf4", device)])
+        return torch.view_as_complex(torch.cartesian_prod(*2 * [code_book("nf4", device)]))
     with torch.device("cpu"):  # wherever the model is being built
         edges = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]
         positive = torch.cat([(e[1:] + e[:-1]) / 2 * 10.0 ** (i - 6) for i, e in enumerate(edges)])
@@ -48,8 +50,8 @@ def quantise(values: Tensor, block: int, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def lookup(codes: Tensor, kind: str) -> Tensor:
-    """The values of `codes`, of the same shape, and pairs in a last dimension; float32."""
-    return code_book(kind, codes.device).index_select(0, codes.flatten().int()).unflatten(0, codes.shape)
+    """The values of `codes`, of the same shape; float32, pairs complex64."""
+    return code_book(kind, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 class PackedLinear(nn.Module):
@@ -119,7 +121,8 @@ class NF4Linear(PackedLinear):
         state: dict[str, Any] = self._buffers
         largest = state["largest"].float().repeat_interleave(SCALES)[: len(state["scales"])]
         scales = lookup(state["scales"], "float8") * largest + state["mean"].float()
-        values = lookup(self.packed, "nf4_pairs").flatten(1).mul_(scales[:, None])  # 6 bytes per weight live at once
+        pairs = torch.view_as_real(lookup(self.packed, "nf4_pairs"))
+        values = pairs.flatten(1).mul_(scales[:, None])  # 6 bytes per weight live at once
         dense = values.flatten()[: self.in_features * self.out_features]
         return dense.view(self.out_features, self.in_features).to(self.dtype)
 
