@@ -38,7 +38,7 @@ class SVDLinear(LoRALinear):
                 self.register_buffer(f"{kind}_{name}", torch.zeros_like(getattr(self, name)), persistent=False)
 
     def change(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(self.dropout(x.to(self.A.dtype)), self.A) * self.E, self.B) * self.scale
+        return F.linear(F.linear(self.dropout(x.to(self.A.dtype)), self.A) * (self.E * self.scale), self.B)
 
     def weight(self) -> Tensor:
         return self.base.weight + self.scale * (self.B * self.E) @ self.A

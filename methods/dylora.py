@@ -33,7 +33,7 @@ class DyLoRALinear(LoRALinear):
 
     def change(self, x: Tensor) -> Tensor:
         A, B, scale = self.factors()
-        return F.linear(F.linear(self.dropout(x.to(A.dtype)), A), B) * scale
+        return F.linear(F.linear(self.dropout(x.to(A.dtype)), A) * scale, B)
 
     def weight(self) -> Tensor:
         """At the rank of evaluation, whatever the mode: the weight that is stored, merged and looked at."""

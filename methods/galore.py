@@ -47,12 +47,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
             state["mean"], state["square"] = torch.zeros_like(grad), torch.zeros_like(grad)
         state["mean"].lerp_(grad, 1 - self.betas[0])
         state["square"].mul_(self.betas[1]).addcmul_(grad, grad, value=1 - self.betas[1])
-        step = state["mean"] / state["square"].sqrt().add_(self.eps)
+        rate = group["lr"] * math.sqrt(1 - self.betas[1] ** t) / (1 - self.betas[0] ** t)
+        root = state["square"].sqrt().add_(self.eps)
         if projected:
-            step = group["scale"] * project_back(step, state["projection"], p.shape)
-        correction = math.sqrt(1 - self.betas[1] ** t) / (1 - self.betas[0] ** t)
-        p.add_(step, alpha=-group["lr"] * correction)
-        p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(project_back(state["mean"] / root, state["projection"], p.shape), alpha=-rate * group["scale"])
+        else:
+            p.addcdiv_(state["mean"], root, value=-rate)
+        if group["weight_decay"]:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
 
 
 def projection(grad: Tensor, rank: int) -> Tensor:

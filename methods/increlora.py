@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.adalora import skew
-from methods.base import Adapted, Batch, placement, register, rest
+from methods.base import Adapted, Batch, fused, placement, register, rest
 from methods.lora import LoRA
 from methods.restarts import RestartedAdamW
 
@@ -28,7 +28,7 @@ class IncreLoRALinear(Adapted):
 
     The last piece is the reserve: its A and B are trained already, beside an E that rests at a small value ("advance
     learning"). It does not count as rank. A `fused` layer has one piece with s in E.
-    `score` gathers the importance of `feel` over a step; `smooth` and `unsure` are its running mean and deviation.
+    While it is `growing`, `score` gathers the importance of `feel` over a step; `smooth` and `unsure` are its running mean and deviation.
     """
 
     base: nn.Linear
@@ -39,7 +39,8 @@ class IncreLoRALinear(Adapted):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, *, grow: int, reserve: float):
         super().__init__(base)
         self.A, self.B, self.E = Pieces(), Pieces(), Pieces()
-        self.alpha, self.dropout, self.reserve, self.fused = alpha, nn.Dropout(dropout), reserve, False
+        self.alpha, self.dropout, self.reserve = alpha, nn.Dropout(dropout), reserve
+        self.growing, self.fused = True, False  # more ranks may come; it is of one piece
         self.add(rank, 0.0)
         rest([self.add(grow, reserve)])
         for name in ("score", "smooth", "unsure"):
@@ -72,8 +73,8 @@ class IncreLoRALinear(Adapted):
     def forward(self, x: Tensor) -> Tensor:
         y, (A, B, E) = self.base(x), self.factors()
         x = self.dropout(x.to(A.dtype))
-        change = F.linear(F.linear(x, A) * E, B) * self.scale
-        if self.training and change.requires_grad:
+        change = F.linear(F.linear(x, A) * (E * self.scale), B)
+        if self.growing and self.training and change.requires_grad:
             change.register_hook(lambda grad: self.feel(x.detach(), grad))
         return y + change.to(y.dtype)
 
@@ -97,6 +98,7 @@ class IncreLoRALinear(Adapted):
         """No more growth: the reserve is no part of the layer any longer."""
         self.E[-1].data.zero_()
         rest([self.A[-1], self.B[-1]])
+        self.growing = False
 
     @torch.no_grad()
     def fuse(self) -> None:
@@ -169,9 +171,9 @@ class IncreLoRA(LoRA):
 
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """A group for what is trained now and one, still empty, for each growth: a schedule counts its groups once."""
-        groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-        groups += [{"params": []} for _ in range(self.rounds(model))]
-        self._optimizer = RestartedAdamW([g | {"age": 0, "warm": 1} for g in groups], lr, weight_decay=weight_decay)
+        trained = [[p for p in model.parameters() if p.requires_grad], *([] for _ in range(self.rounds(model)))]
+        groups = [{"params": parameters, "age": 0, "warm": 1} for parameters in trained]
+        self._optimizer = RestartedAdamW(groups, lr, weight_decay=weight_decay, fused=fused(trained[0]))
         self.refill(model)
         return self._optimizer
 

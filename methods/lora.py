@@ -29,8 +29,8 @@ class LoRALinear(Adapted):
         self.dropout = nn.Dropout(dropout)
 
     def change(self, x: Tensor) -> Tensor:
-        """s B A x, (..., in) to (..., out), in the dtype of A and B: the change of weight is never built."""
-        return F.linear(F.linear(self.dropout(x.to(self.A.dtype)), self.A), self.B) * self.scale
+        """B s A x, (..., in) to (..., out), in the dtype of A and B: the change of weight is never built, s is on r numbers."""
+        return F.linear(F.linear(self.dropout(x.to(self.A.dtype)), self.A) * self.scale, self.B)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)

@@ -37,7 +37,7 @@ class LoRAXSLinear(Adapted):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         inner = F.linear(F.linear(self.dropout(x.to(self.R.dtype)), self.A), self.R)
-        return y + (F.linear(inner, self.B) * self.scale).to(y.dtype)
+        return y + F.linear(inner * self.scale, self.B).to(y.dtype)
 
     def weight(self) -> Tensor:
         return self.base.weight + self.scale * self.B @ self.R @ self.A

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from methods.base import Part, register, trains
 class MeZOSGD(torch.optim.Optimizer):
     """Algorithm 1: g = (L(theta + eps z) - L(theta - eps z)) / 2 eps, then theta <- theta - lr g z, all in place.
 
-    z is drawn anew from the step's seed each time that it is needed, one parameter after the other. Both losses are
+    z is drawn anew from the step's seed each time that it is needed, one parameter after the other: three times, since
+    the way back to theta and the step from there share one. Both losses are
     those of the model in evaluation, without dropout, as in the authors' code.
     """
 
@@ -34,25 +35,28 @@ class MeZOSGD(torch.optim.Optimizer):
         plus = closure()
         self.move(seed, -2 * eps)
         minus = closure()
-        self.move(seed, eps)
         self.model.train(mode)
         slope = float(plus - minus) / (2 * eps)
-        for group in self.param_groups:
-            for p in [p for p in group["params"] if p.requires_grad and p.ndim > 1]:  # no decay of biases and norms
+        for group, p, z in self.noise(seed):
+            p.add_(z, alpha=eps)  # back to theta
+            if group["weight_decay"] and p.ndim > 1:  # no decay of biases and norms
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-        self.move(seed, -slope, scaled=True)
+            p.add_(z, alpha=-slope * group["lr"])
         return (plus + minus) / 2
 
-    def move(self, seed: int, size: float, scaled: bool = False) -> None:
-        """theta <- theta + size z, or + lr size z where `scaled`, with the z of `seed`."""
+    def move(self, seed: int, size: float) -> None:
+        """theta <- theta + size z with the z of `seed`."""
+        for _, p, z in self.noise(seed):
+            p.add_(z, alpha=size)
+
+    def noise(self, seed: int) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
+        """Each trained parameter with its group and its part of the z of `seed`."""
         generators: dict[torch.device, torch.Generator] = {}
         for group in self.param_groups:
-            factor = size * group["lr"] if scaled else size
             for p in [p for p in group["params"] if p.requires_grad]:
                 if p.device not in generators:
                     generators[p.device] = torch.Generator(p.device).manual_seed(seed)
-                z = torch.randn(p.shape, generator=generators[p.device], device=p.device, dtype=p.dtype)
-                p.add_(z, alpha=factor)
+                yield group, p, torch.randn(p.shape, generator=generators[p.device], device=p.device, dtype=p.dtype)
 
 
 @register

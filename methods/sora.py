@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.base import Adapted, register, searched
+from methods.base import Adapted, fused, register, searched
 from methods.lora import LoRA, LoRALinear
 
 
@@ -29,7 +29,7 @@ class SoRALinear(LoRALinear):
         self.gate = nn.Parameter(torch.randn_like(self.A[:, 0]))
 
     def change(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(self.dropout(x.to(self.A.dtype)), self.A) * self.gate, self.B) * self.scale
+        return F.linear(F.linear(self.dropout(x.to(self.A.dtype)), self.A) * (self.gate * self.scale), self.B)
 
     def weight(self) -> Tensor:
         return self.base.weight + self.scale * (self.B * self.gate) @ self.A
@@ -92,7 +92,7 @@ class SoRA(LoRA):
             {"params": others},
             {"params": gates, "weight_decay": 0.0, "threshold": self.threshold},
         ]
-        return ProximalAdamW(groups, lr, weight_decay=weight_decay)
+        return ProximalAdamW(groups, lr, weight_decay=weight_decay, fused=fused(others + gates))
 
     def finish(self, model: nn.Module) -> None:
         for m in model.modules():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from methods.base import Adapted, Batch, Method, adapt_linears, new_parameter, register
 
@@ -40,6 +41,16 @@ class ScaleShift(Adapted):
     def bias(self) -> Tensor | None:
         bias: Any = getattr(self.owner(), "bias", None)
         return None if self.shift is None else bias * self.scale + self.shift
+
+
+class ScaledNorm(ScaleShift):
+    """The same behind a layer norm, folded into its own scale and shift: its output is neither kept nor gone over again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        base: Any = self.base
+        if x.dtype != self.scale.dtype:  # half precision would round the folded scale
+            return super().forward(x)
+        return F.layer_norm(x, base.normalized_shape, self.weight(), self.bias(), base.eps)
 
 
 class ScaledPatches(ScaleShift):
@@ -79,7 +90,8 @@ class SSF(Method):
         adapt_linears(model, "all_linear", lambda base: ScaleShift(base, self.init_std))
         for name, module in list(model.named_modules()):
             if type(module).__name__.endswith("Norm") and not next(module.parameters()).requires_grad:
-                model.set_submodule(name, ScaleShift(module, self.init_std))
+                kind = ScaledNorm if isinstance(module, nn.LayerNorm) else ScaleShift
+                model.set_submodule(name, kind(module, self.init_std))
             elif isinstance(getattr(module, "projection", None), nn.Conv2d) and not isinstance(module, Adapted):
                 model.set_submodule(name, ScaledPatches(module, self.init_std))
         return model
