@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 LEAST = 2**12  # numbers of the second factor; below, thousands of rows alone gain back oneDNN's start (10 us)
 WORK = 2**20  # multiplications of the gradient of a weight, which sums over rows: likewise
@@ -91,6 +90,10 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     sums = not a.is_contiguous()  # over the rows, the gradient of a weight
+    if sums and bias is None and b.is_contiguous() and b.shape[1] < a.shape[0]:
+        return (
+            _product(b.t(), a.t(), None).t().contiguous()
+        )  # oneDNN's operator turns its first factor round: the narrow one
     rows = a.shape[1] if sums else a.shape[0]
     more = -rows % MULTIPLE
     if not more or rows < MANY or a.numel() * b.shape[1] > SMALL:
@@ -101,7 +104,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _longer(x: Tensor, more: int) -> Tensor:
-    return F.pad(x, (0, 0, 0, more))
+    return torch.cat([x, x.new_zeros(more, x.shape[1])])
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

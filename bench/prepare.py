@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench import distributed, matmul
+from bench import distributed, dropout, matmul
 from bench.batches import TrainBatches, eval_batches
 from bench.config import Config
 from bench.encoded import Encoded, encode_splits
@@ -123,6 +123,7 @@ def find_device(config: Config) -> torch.device:
     if config.threads and member() is None:  # a team has its threads from `fused_launcher.py`
         torch.set_num_threads(config.threads)
     matmul.use(config.matmul)
+    dropout.use()
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

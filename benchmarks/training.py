@@ -116,10 +116,11 @@ def trainer(config: Any, folder: Path) -> None:
     import torch
     import transformers
 
-    from bench import matmul
+    from bench import dropout, matmul
 
     torch.use_deterministic_algorithms(False)  # which our side has switched on
     matmul.use("torch")  # as a Trainer of its own process
+    dropout.use(False)
     transformers.set_seed(config.seed)
     transformers.logging.set_verbosity_error()
     rows = config.task.load(config.data, config.seed).splits

