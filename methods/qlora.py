@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from methods.base import Adapted, register, searched
 from methods.lora import LoRA, LoRALinear
@@ -21,6 +22,7 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
 
 
 @cache
+@_disable_current_modes()  # whoever asks first: what is kept has numbers
 def code_book(kind: str, device: torch.device) -> Tensor:
     """The values that codes stand for, ascending: `nf4` (16,), `float8` (256,) for the scales; `nf4_pairs` (256,) of a byte.
 
