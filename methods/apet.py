@@ -3,42 +3,44 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from methods.architectures import role
-from methods.base import Adapted, Batch, Method, Unsupported, adapt_linears, new_parameter, register
+from methods.base import Batch, Method, Unsupported, adapt_linears, new_parameter, register
+from methods.rebuilt import Rebuilt
+
+warnings.filterwarnings(
+    "ignore", message="Sparse CSR tensor support is in beta"
+)  # once a process, of no use to its user
+DENSE = (
+    24  # entries of a weight for each that is trained, below which the whole product is sooner there than those of it
+)
 
 
-class SparselyChanged(torch.autograd.Function):
-    """x (W + D)^T + b for the sparse D (out, in) of `values` (k,) at the flat positions `index` (k,) of a frozen W.
-
-    W + D is built in forward and again in backward and is not kept; neither is its dense gradient, of which k entries count.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, values, index, weight)
-        return F.linear(x, changed(weight, values, index), None if bias is None else bias.to(values.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:  # type: ignore[override]
-        x, values, index, weight = ctx.saved_tensors
-        back = grad @ changed(weight, values, index).to(grad.dtype) if ctx.needs_input_grad[0] else None
-        full = grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)
-        return None if back is None else back.to(x.dtype), full.flatten()[index].to(values.dtype), None, None, None
+@torch.library.custom_op("paretune::entries", mutates_args=(), schema="(Tensor a, Tensor b, Tensor index) -> Tensor")
+def entries(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+    """Of a^T b, with a (rows, m) and b (rows, n), what is at the sorted flat positions `index` (k,), and nothing else."""
+    m, n = a.shape[1], b.shape[1]
+    starts = torch.searchsorted(index, torch.arange(0, m * n + 1, n, device=index.device))
+    pattern = torch.sparse_csr_tensor(starts, index % n, a.new_zeros(len(index)), (m, n), check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, a.T, b, beta=0.0).values()
 
 
-def changed(weight: Tensor, values: Tensor, index: Tensor) -> Tensor:
-    """W + D in the dtype of `values`."""
-    whole = weight.detach().to(values.dtype, copy=True)
-    whole.view(-1).index_add_(0, index, values.detach())
-    return whole
+@entries.register_fake
+def _(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+    return a.new_empty(len(index))
+
+
+@register_flop_formula(torch.ops.paretune.entries)
+def _flops(a: torch.Size, b: torch.Size, index: torch.Size, **_: Any) -> int:
+    return 2 * a[0] * index[0]
 
 
 def dense(values: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -46,7 +48,7 @@ def dense(values: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
     return values.new_zeros(shape[0] * shape[1]).index_put((index,), values).view(shape)
 
 
-class SparseLinear(Adapted):
+class SparseLinear(Rebuilt):
     """h = W0 x + D x with D zero but at `index`, where its trained entries start at zero."""
 
     base: nn.Linear
@@ -57,9 +59,19 @@ class SparseLinear(Adapted):
         self.values = new_parameter(base, len(index))
         self.register_buffer("index", index.to(self.values.device), persistent=False)
 
+    def changed(self, values: Tensor) -> Tensor:
+        whole = self.base.weight.detach().to(values.dtype, copy=True)
+        whole.view(-1).index_add_(0, self.index, values)
+        return whole
+
+    def gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        sparse = len(self.index) * DENSE < self.base.weight.numel() and grad.device.type in ("cpu", "cuda")
+        if sparse:
+            return entries(grad.to(self.values.dtype), x.to(self.values.dtype), self.index)
+        return (grad.T @ x).flatten()[self.index]
+
     def forward(self, x: Tensor) -> Tensor:
-        base = self.base
-        y = SparselyChanged.apply(x.to(self.values.dtype), self.values, self.index, base.weight, base.bias)  # type: ignore[no-untyped-call]
+        y = self.product(x, self.values)
         return y.to(x.dtype) if y.dtype == self.values.dtype else y  # under autocast it has that dtype already
 
     def weight(self) -> Tensor:

@@ -314,6 +314,7 @@ def test_increlora_grows_to_its_target_and_trains_what_grew():
     assert len({id(p) for p in held}) == len(held) and {id(p) for p in awake} <= {id(p) for p in held}
     assert all("exp_avg" in optimizer.state[p] for p in awake)
     assert all(not m.E[-1].any() for m in layers.values())  # what is still in reserve acts no more
+    assert not any(m.score for m in layers.values())  # nor is anything scored
     before = logits(model, batch)
     method.finish(model)
     assert sum(m.A[0].shape[0] for m in layers.values()) == ranks[-1]

@@ -2,13 +2,14 @@
 
 import copy
 import math
+from unittest import mock
 
 import pytest
 import torch
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.measure import saved_bytes
+from bench.measure import flops, saved_bytes
 from bench.model import load_trained_state, trained_state, weights
 from bench.random_models import random_model
 from methods import METHODS, Adapted, Unsupported, nola
@@ -287,6 +288,22 @@ def test_svfit_has_no_intruder_dimension():
     assert (before[1] - after[1]).abs().max() > 1e-2
     torch.testing.assert_close(after[1].min(), before[1].min())  # beyond the rank nothing moves
     assert len(layer.sigma) == 10 and len(one_layer("svfit", rank=999).sigma) == 24
+
+
+def test_svfit_builds_its_weight_where_that_is_cheaper():
+    layer = one_layer("svfit", torch.float64, rank=24)
+    layer.base.bias.requires_grad_()
+    cost, found, g = {}, {}, torch.randn(400, 24, dtype=torch.float64)
+    for rebuilds in (True, False):
+        x = torch.randn(400, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        assert layer.rebuilds(400) and not layer.rebuilds(20)
+        wanted = [x, layer.sigma, layer.base.bias]
+        with mock.patch.object(type(layer), "rebuilds", lambda self, rows, rebuilds=rebuilds: rebuilds):
+            found[rebuilds] = layer(x), *torch.autograd.grad(layer(x), wanted, g)
+            cost[rebuilds] = flops(lambda x=x, wanted=wanted: torch.autograd.grad(layer(x), wanted, g))
+    torch.testing.assert_close(found[True], found[False], **TOLERANCE)
+    m, n, r = 24, 32, 24
+    assert cost[True] - cost[False] == 2 * (3 * r * m * n + 400 * m * n - 2 * 400 * r * (m + n)) < 0
 
 
 # VeRA

@@ -280,6 +280,20 @@ def test_mezo_steps_along_its_seed():
     torch.testing.assert_close(model.theta.detach(), start - 0.1 * (z @ model.H @ start) * z, rtol=1e-8, atol=1e-8)
 
 
+def test_mezo_draws_its_noise_three_times_and_decays_matrices_alone(monkeypatch):
+    model = torch.nn.Linear(4, 3).double()
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer, drawn, x = MeZOSGD(model, 0.1, 0.5, eps=1e-3), [], torch.randn(5, 4).double()
+    noise = MeZOSGD.noise
+    monkeypatch.setattr(MeZOSGD, "noise", lambda self, seed: drawn.append(seed) or noise(self, seed))
+    optimizer.step(lambda: model(x).sum())
+    assert len(drawn) == 3 and len(set(drawn)) == 1
+    z = [z for _, _, z in noise(optimizer, drawn[0])]
+    slope = (x @ z[0].T + z[1]).sum()  # the loss is linear in its parameters
+    expected = [start[0] * (1 - 0.1 * 0.5) - 0.1 * slope * z[0], start[1] - 0.1 * slope * z[1]]
+    torch.testing.assert_close([p.detach() for p in model.parameters()], expected, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize(
     "parts", [{"mezo": {}}, {"lora": {}, "mezo": {}}, {"prefix_tuning": {"hidden": None}, "mezo": {"eps": 1e-1}}]
 )

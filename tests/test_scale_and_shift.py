@@ -9,9 +9,10 @@ from torch import nn
 
 from bench.model import merge, trained_state
 from bench.random_models import random_model
+from benchmarks.floor import counted, floor
 from methods import METHODS, Adapted
 from tests.test_architectures import further
-from tests.test_methods import applied, logits, perturb
+from tests.test_methods import applied, batch_of, logits, perturb
 from tests.test_parity import compare, doubled
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
@@ -50,6 +51,18 @@ def test_ssf_agrees_with_the_equation(kind):
     torch.testing.assert_close(logits(ours, batch), logits(other, batch), **EXACT)
     assert (logits(ours, batch) - logits(random_model(kind).double(), batch)).abs().max() > 1e-2
     compare(ours, other, matched, batch)
+
+
+def test_ssf_keeps_the_output_of_each_linear_layer_and_of_no_norm():
+    _, ours = applied("ssf", "bert")
+    plain, rows, sizes = random_model("bert"), batch_of("bert"), []
+    for m in ours.modules():
+        if isinstance(m, Adapted) and isinstance(m.base, nn.Linear):
+            m.register_forward_hook(lambda m, x, y: sizes.append(y.numel() * y.element_size()))
+    found = counted(ours, rows)["activations"] - floor(plain, rows)["activations"]
+    outputs = sum(sizes)
+    folded_norms = sum(3 * m.scale.nbytes for m in ours.modules() if isinstance(getattr(m, "base", None), nn.LayerNorm))
+    assert outputs <= found <= outputs + folded_norms
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert", "llama", "gpt2", "t5", "hiera", "gemma3_text"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.measure import optimizer_bytes, saved_bytes
+from bench.measure import optimizer_bytes, probe, saved_bytes
 from bench.model import trained_state, weights
 from bench.random_models import random_model
 from methods import METHODS, Unsupported
@@ -165,10 +165,10 @@ def test_apet_draws_uniformly(count):
     assert torch.equal(masks[0], support(applied("apet", "bert", seed=0, parameters=count)[1]))
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "vit"])
-def test_apet_is_full_fine_tuning_under_a_mask(kind):
+@pytest.mark.parametrize("kind, count", [("bert", 3000), ("bert", 300), ("llama", 3000), ("vit", 200)])
+def test_apet_is_full_fine_tuning_under_a_mask(kind, count):
     """Three AdamW steps from a non-zero state, against dense weights whose gradients are masked."""
-    _, ours = applied("apet", kind, parameters=3000)
+    _, ours = applied("apet", kind, parameters=count)
     perturb(ours)
     ours = ours.double()
     dense = random_model(kind).double()
@@ -215,6 +215,18 @@ def test_apet_keeps_no_dense_matrix():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(**batch_of("bert"))
     assert len(kept) > 20 and not [k for k in kept if not k[2] and (k[0] in shapes or k[1] in shapes)]
+
+
+def test_apet_computes_of_a_gradient_what_it_needs():
+    """Few entries cost a product of all rows each; where there are many, the whole gradient is computed."""
+    steps, rows = {}, batch_of("bert")
+    for count in (200, 400, 3000):
+        _, model = applied("apet", "bert", parameters=count)
+        steps[count] = probe(model, rows, lambda batch, model=model: model(**batch).loss)["train_step"]
+    tokens = rows["input_ids"].numel()
+    assert steps[400] - steps[200] == 2 * 200 * tokens
+    weights = sum(m.base.weight.numel() for m in model.modules() if hasattr(m, "index"))
+    assert steps[3000] - steps[200] == 2 * (weights - 200) * tokens
 
 
 @pytest.mark.parametrize(
