@@ -1,4 +1,4 @@
-"""A training step of each method: seconds against `peft` or full fine-tuning, FLOPs and kept bytes against the floor.
+"""A training step of each method: seconds against another implementation or full fine-tuning, FLOPs and kept bytes against the floor.
 
 python -m benchmarks.methods [--methods lora,dora] [--rounds 5] [--steps 10] [--device cpu]
 
@@ -7,11 +7,15 @@ one process, so that a slow moment hits both; a round is --steps steps of each, 
 ratios with the lowest and highest. "x forward": seconds over those of the frozen model's forward. FLOPs of a step and MiB
 that autograd keeps for its backward are counted; "x floor" is over what no adapter can avoid (`benchmarks.floor`), "x other"
 over the other side's. `--rounds 0` shows what is counted alone.
+
+The other side is `peft` where it has the method, or a tuner of the same products (LORA for `dylora`, `lora_plus`, `sora`; SHIRA
+for `apet`), the authors' `galore-torch` where that is installed, and else full fine-tuning. All have torch's fused AdamW.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import statistics
 import time
@@ -25,13 +29,20 @@ from torch import nn
 from bench.model import freeze
 from bench.random_models import HEADS
 from benchmarks.floor import counted, floor
-from methods import METHODS, Unsupported
+from methods import METHODS, Method, Unsupported
 
 QV = ["query", "value"]
 FFN = [f"encoder.layer.{i}.output.dense" for i in range(6)]
+LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": QV}
+EVERY = r".*\.layer\..*\.(query|key|value|dense)"
 PEFT: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {  # ours -> our fields, peft's tuner and its config
-    "lora": ({}, "LORA", {"r": 8, "lora_alpha": 16, "target_modules": QV}),
-    "dora": ({}, "LORA", {"r": 8, "lora_alpha": 16, "target_modules": QV, "use_dora": True}),
+    "lora": ({}, "LORA", LORA),
+    "lora_plus": ({}, "LORA", LORA),
+    "lora_freeze_a": ({}, "LORA", LORA),
+    "dylora": ({}, "LORA", LORA),
+    "sora": ({}, "LORA", LORA | {"target_modules": EVERY}),
+    "dora": ({}, "LORA", LORA | {"use_dora": True}),
+    "apet": ({"targets": "query_value"}, "SHIRA", {"r": 8, "target_modules": QV}),
     "pissa": ({"rank": 16}, "LORA", {"r": 16, "lora_alpha": 16, "target_modules": QV, "init_lora_weights": "pissa"}),
     "ia3": ({}, "IA3", {"target_modules": ["key", "value", *FFN], "feedforward_modules": FFN}),
     "ln_tuning": ({}, "LN_TUNING", {"target_modules": ["LayerNorm"]}),
@@ -40,7 +51,9 @@ PEFT: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {  # ours -> our f
     "oft": ({"block": 32}, "OFT", {"r": 0, "oft_block_size": 32, "target_modules": QV, "use_cayley_neumann": False}),
     "miss": ({"rank": 64}, "MISS", {"r": 64, "target_modules": QV}),
     "prompt_tuning": ({"length": 20}, "PROMPT_TUNING", {"task_type": "SEQ_CLS", "num_virtual_tokens": 20}),
+    "prefix_tuning": ({"hidden": None}, "PREFIX_TUNING", {"task_type": "SEQ_CLS", "num_virtual_tokens": 10}),
 }  # fmt: skip
+FROZEN = {"lora_freeze_a": "lora_A"}  # what `peft` would train
 
 
 def encoder(seed: int = 0) -> nn.Module:
@@ -62,10 +75,11 @@ def batch(device: str) -> dict[str, torch.Tensor]:
     return {k: v.to(device) for k, v in rows.items()}
 
 
-def stepper(model: nn.Module, rows: dict[str, torch.Tensor], method: Any = None) -> Callable[[], None]:
+def stepper(
+    model: nn.Module, rows: dict[str, torch.Tensor], method: Any = None, optimizer: Any = None
+) -> Callable[[], None]:
     """A function that does one training step, with the method's own optimizer, penalty and hook where there is one."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = method.optimizer(model, 1e-4, 0.0) if method else torch.optim.AdamW(trained, 1e-4, weight_decay=0.0)
+    optimizer = optimizer or (method or Method()).optimizer(model, 1e-4, 0.0)
     steps = itertools.count()
 
     def closure() -> torch.Tensor:
@@ -92,20 +106,43 @@ class Side:
     cost: dict[str, int]
 
 
-def ours(name: str, fields: dict[str, Any], rows: dict[str, torch.Tensor], device: str) -> Side:
-    method = METHODS[name](**fields)
+def ours(name: str, rows: dict[str, torch.Tensor], device: str) -> Side:
+    method = METHODS[name](**PEFT.get(name, ({},))[0])
     model = method.apply(encoder(), itertools.repeat(rows)).to(device)
     return Side(stepper(model, rows, method), counted(model, rows, method))
 
 
-def theirs(kind: str, config: dict[str, Any], rows: dict[str, torch.Tensor], device: str) -> Side:
+def other(name: str, rows: dict[str, torch.Tensor], device: str) -> tuple[str, Side]:
+    """The side that a method is compared with, and its name."""
+    if name in PEFT:
+        return f"peft {PEFT[name][1]}", peft_side(name, rows, device)
+    if name == "galore" and importlib.util.find_spec("galore_torch"):
+        return "galore-torch", galore_side(rows, device)
+    return "full_ft", ours("full_ft", rows, device)
+
+
+def galore_side(rows: dict[str, torch.Tensor], device: str) -> Side:
+    """The authors' optimizer on the same model, with the projections and the groups of ours."""
+    from galore_torch import GaLoreAdamW
+
+    galore, model = METHODS["galore"](), encoder().requires_grad_().to(device)
+    others, projected = (group["params"] for group in galore.optimizer(model, 1e-4, 0.0).param_groups)
+    own = {"rank": galore.rank, "update_proj_gap": galore.every, "scale": galore.scale, "proj_type": "std"}
+    optimizer = GaLoreAdamW([{"params": others}, {"params": projected} | own], lr=1e-4, no_deprecation_warning=True)
+    return Side(stepper(model, rows, optimizer=optimizer), counted(model, rows))
+
+
+def peft_side(name: str, rows: dict[str, torch.Tensor], device: str) -> Side:
     import peft
 
+    _, kind, config = PEFT[name]
     mapping, model = peft.mapping, encoder()
     head = [p for p in model.parameters() if p.requires_grad]
     model = peft.get_peft_model(model, mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[kind]](**config))
     for p in head:
         p.requires_grad_()
+    for p in [p for n, p in model.named_parameters() if name in FROZEN and FROZEN[name] in n]:
+        p.requires_grad_(False)
     model = model.to(device).train()
     return Side(stepper(model, rows), counted(model, rows))
 
@@ -173,17 +210,14 @@ def main() -> None:
         f"{'x floor':>8} {'MiB':>9} {'x floor':>7} {'x other':>7}"
     )
     for name in names:
-        fields, kind, config = PEFT.get(name, ({}, "", {}))
         try:
-            other = theirs(kind, config, rows, args.device) if kind else ours("full_ft", {}, rows, args.device)
-            own = ours(name, fields, rows, args.device)
+            own, (against, rival) = ours(name, rows, args.device), other(name, rows, args.device)
         except Unsupported as reason:
             print(f"{name:18} does not act on this encoder: {reason}")
             continue
-        sides = [own.step, other.step, forward(rows, args.device)]
+        sides = [own.step, rival.step, forward(rows, args.device)]
         measured = seconds(sides, args.rounds, args.steps, args.device)
-        against = f"peft {kind}" if kind else "full_ft"
-        print(f"{name:18} {against:12.12} {measured}  {counts(own.cost, other.cost, low)}", flush=True)
+        print(f"{name:18} {against:12.12} {measured}  {counts(own.cost, rival.cost, low)}", flush=True)
 
 
 if __name__ == "__main__":

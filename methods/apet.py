@@ -16,12 +16,8 @@ from methods.architectures import role
 from methods.base import Batch, Method, Unsupported, adapt_linears, new_parameter, register
 from methods.rebuilt import Rebuilt
 
-warnings.filterwarnings(
-    "ignore", message="Sparse CSR tensor support is in beta"
-)  # once a process, of no use to its user
-DENSE = (
-    24  # entries of a weight for each that is trained, below which the whole product is sooner there than those of it
-)
+DENSE = 24  # entries of a weight for each that is trained: with fewer, its whole gradient is computed sooner than they alone
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
 @torch.library.custom_op("paretune::entries", mutates_args=(), schema="(Tensor a, Tensor b, Tensor index) -> Tensor")
@@ -65,10 +61,9 @@ class SparseLinear(Rebuilt):
         return whole
 
     def gradient(self, grad: Tensor, x: Tensor) -> Tensor:
-        sparse = len(self.index) * DENSE < self.base.weight.numel() and grad.device.type in ("cpu", "cuda")
-        if sparse:
-            return entries(grad.to(self.values.dtype), x.to(self.values.dtype), self.index)
-        return (grad.T @ x).flatten()[self.index]
+        if len(self.index) * DENSE > self.base.weight.numel() or grad.device.type not in ("cpu", "cuda"):
+            return (grad.T @ x).flatten()[self.index]
+        return entries(grad.to(self.values.dtype), x.to(self.values.dtype), self.index)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x, self.values)
