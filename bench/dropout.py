@@ -1,9 +1,9 @@
 """Dropout on a CPU: its masks, and attention's softmax under it, without what torch spends on them there.
 
-torch draws a mask number by number from its Mersenne Twister (but for Intel's CPUs), two draws each, in one thread: a sixth of
-the step of a small encoder. Here one draw seeds an SFC64 generator (numpy's), whose 32 bits are compared with p: five times
-as fast, and the same masks from a seed on every CPU. Attention with dropout has torch's safe softmax, which
-searches all scores for rows with no key; here the first number of each row of the result tells, where such a row is not a number.
+torch draws a mask number by number from its Mersenne Twister, two draws each, in one thread (but on Intel's CPUs, by MKL): a
+sixth of the step of a small encoder. Here one draw seeds an SFC64 generator (numpy's), whose 32 bits are compared with p: five times
+as fast. Attention with dropout has torch's safe softmax, which searches all scores for rows with no key; here the first number of
+each row of the result tells, where such a row is not a number.
 
 Both operators are given another kernel, as `torch.library` offers it. The softmax is the same to the bit.
 """
@@ -16,17 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.matmul import intel
+
 _kernels: Any = None  # while they stand
 
 
 def use(ours: bool = True) -> None:
-    """Draw the masks of this process so, or as torch does."""
+    """Compute the dropout of this process so, or as torch does. On Intel's CPUs torch draws its masks by MKL either way."""
     global _kernels
     if ours and _kernels is None:
         _kernels = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
-            _kernels.impl("bernoulli_.float", _bernoulli, "CPU")
+            if not intel():
+                _kernels.impl("bernoulli_.float", _bernoulli, "CPU")
             _kernels.impl("_safe_softmax", _softmax, "CPU")
     elif not ours:
         _kernels = None  # torch's own stand again

@@ -70,10 +70,15 @@ def available() -> bool:
 @cache
 def _narrow() -> bool:
     """Whether MKL computes with half of this CPU's width: AVX-512, and not made by Intel."""
-    info = Path("/proc/cpuinfo")
-    maker = info.read_text() if info.exists() else platform.processor()
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return torch.backends.mkl.is_available() and wide and "Intel" not in maker
+    return torch.backends.mkl.is_available() and wide and not intel()
+
+
+@cache
+def intel() -> bool:
+    """Whether Intel made this CPU."""
+    info = Path("/proc/cpuinfo")
+    return "Intel" in (info.read_text() if info.exists() else platform.processor())
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ from bench import dropout
 
 
 @pytest.fixture(autouse=True)
-def ours() -> Iterator[None]:
+def ours(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(dropout, "intel", lambda: False)
+    dropout.use(False)
     dropout.use()
     yield
     dropout.use(False)
@@ -89,6 +91,14 @@ def test_torchs_masks_come_back() -> None:
     theirs = by_torch(lambda: mask(0))
     assert not torch.equal(theirs, mask(0))  # type: ignore[arg-type]
     dropout.use(False)
+    assert torch.equal(theirs, mask(0))  # type: ignore[arg-type]
+
+
+def test_mkl_draws_on_intels_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = by_torch(lambda: mask(0))
+    monkeypatch.setattr(dropout, "intel", lambda: True)
+    dropout.use(False)
+    dropout.use()
     assert torch.equal(theirs, mask(0))  # type: ignore[arg-type]
 
 
