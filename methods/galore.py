@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from methods.architectures import role
-from methods.base import Part, Unsupported, register, trains
+from methods.base import Part, Unsupported, fused, register, trains
 
 
 class GaLoreAdamW(torch.optim.Optimizer):
@@ -38,23 +39,30 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         t = state["step"] = state.get("step", 0) + 1
-        projected = "rank" in group
-        if projected:
+        if "rank" in group:
             if (t - 1) % group["every"] == 0:
                 state["projection"] = projection(grad, group["rank"])
             grad = project(grad, state["projection"])
         if t == 1:
             state["mean"], state["square"] = torch.zeros_like(grad), torch.zeros_like(grad)
-        state["mean"].lerp_(grad, 1 - self.betas[0])
-        state["square"].mul_(self.betas[1]).addcmul_(grad, grad, value=1 - self.betas[1])
-        rate = group["lr"] * math.sqrt(1 - self.betas[1] ** t) / (1 - self.betas[0] ** t)
-        root = state["square"].sqrt().add_(self.eps)
-        if projected:
-            p.add_(project_back(state["mean"] / root, state["projection"], p.shape), alpha=-rate * group["scale"])
+        if "rank" in group:
+            step = torch.zeros_like(grad)
+            self._adam(step, grad, state, group["lr"])
+            add_back(p, step, state["projection"], group["scale"])
         else:
-            p.addcdiv_(state["mean"], root, value=-rate)
+            self._adam(p, grad, state, group["lr"])
         if group["weight_decay"]:
             p.mul_(1 - group["lr"] * group["weight_decay"])
+
+    def _adam(self, p: Any, grad: Tensor, state: dict[str, Any], lr: float) -> None:
+        """torch's update, in one kernel where it has one. The package adds eps to the root before the correction: so is it here."""
+        beta1, beta2 = self.betas
+        eps = self.eps / math.sqrt(1 - beta2 ** state["step"])
+        before: Any = torch.full((), state["step"] - 1.0, device=p.device)
+        adamw(
+            [p], [grad], [state["mean"]], [state["square"]], [], [before], fused=fused([p]), amsgrad=False, maximize=False,
+            lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0,
+        )  # fmt: skip
 
 
 def projection(grad: Tensor, rank: int) -> Tensor:
@@ -70,9 +78,10 @@ def project(grad: Tensor, P: Tensor) -> Tensor:
     return grad @ P if grad.shape[0] >= grad.shape[1] else P.T @ grad
 
 
-def project_back(step: Tensor, P: Tensor, shape: torch.Size) -> Tensor:
-    """N Q^T or P N, of the weight's `shape` (m, n)."""
-    return step @ P.T if shape[0] >= shape[1] else P @ step
+def add_back(p: Tensor, step: Tensor, P: Tensor, rate: float) -> None:
+    """p += rate N Q^T for an (m, n) weight with m >= n, else rate P N: a matrix of its shape is never built."""
+    factors = (step, P.T) if p.shape[0] >= p.shape[1] else (P, step)
+    p.addmm_(*factors, alpha=rate)
 
 
 @register
