@@ -55,15 +55,15 @@ class SparseLinear(Rebuilt):
         self.values = new_parameter(base, len(index))
         self.register_buffer("index", index.to(self.values.device), persistent=False)
 
-    def changed(self, values: Tensor) -> Tensor:
+    def changed(self, values: Tensor) -> Tensor:  # type: ignore[override]
         whole = self.base.weight.detach().to(values.dtype, copy=True)
         whole.view(-1).index_add_(0, self.index, values)
         return whole
 
-    def gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+    def gradients(self, grad: Tensor, x: Tensor, values: Tensor) -> tuple[Tensor]:  # type: ignore[override]
         if len(self.index) * DENSE > self.base.weight.numel() or grad.device.type not in ("cpu", "cuda"):
-            return (grad.T @ x).flatten()[self.index]
-        return entries(grad.to(self.values.dtype), x.to(self.values.dtype), self.index)
+            return ((grad.T @ x).flatten()[self.index].to(values.dtype),)
+        return (entries(grad.to(values.dtype), x.to(values.dtype), self.index),)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x, self.values)

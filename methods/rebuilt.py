@@ -12,39 +12,48 @@ from methods.base import Adapted
 
 
 class Rebuilt(Adapted):
-    """x W^T + b for a W of the frozen weight and `values`, a trained vector in whose dtype all is computed."""
+    """x W^T + b for a W of the frozen weight and of `values`, trained vectors in whose dtype all is computed."""
 
-    def changed(self, values: Tensor) -> Tensor:
+    def changed(self, *values: Tensor) -> Tensor:
         """The (out, in) weight that the layer acts with."""
         raise NotImplementedError
 
-    def gradient(self, grad: Tensor, x: Tensor) -> Tensor:
-        """That of `values`, from those of the outputs (rows, out) and the inputs (rows, in)."""
+    def gradients(self, grad: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        """Those of `values`, from those of the outputs (rows, out) and from the inputs (rows, in)."""
         raise NotImplementedError
 
-    def product(self, x: Tensor, values: Tensor) -> Tensor:
+    def product(self, x: Tensor, *values: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        bias = self.base.bias
-        return _Product.apply(x.to(values.dtype), values, bias, self)  # type: ignore[no-untyped-call, no-any-return]
+        return _Product.apply(self, x.to(values[0].dtype), self.base.bias, *values)  # type: ignore[no-untyped-call, no-any-return]
+
+    def rebuilds(self, x: Tensor, rank: int, dtype: torch.dtype) -> bool:
+        """Whether a W with a change of `rank` costs fewer products than the change beside it, for the rows of x (..., in).
+
+        W (m, n) is built twice, and its values' gradients come of its own: r m n each, and m n rows; beside it are
+        2 r (m + n) rows. A frozen weight in half precision stays in it, and one that is trained has a gradient of its own.
+        """
+        weight: Any = self.base.weight
+        (m, n), rows = weight.shape, x.shape[:-1].numel()
+        frozen = weight.dtype == dtype and not weight.requires_grad
+        return frozen and (3 * rank + rows) * m * n < 2 * rank * (m + n) * rows
 
 
 class _Product(torch.autograd.Function):
-    """The weight is built in forward and again in backward; its dense gradient is no one's."""
+    """W is built in forward and again in backward; its dense gradient goes no further."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, layer: Rebuilt) -> Tensor:
-        ctx.save_for_backward(x, values)
+    def forward(ctx: Any, layer: Rebuilt, x: Tensor, bias: Tensor | None, *values: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *values)
         ctx.layer = layer
-        return F.linear(x, layer.changed(values.detach()), None if bias is None else bias.to(values.dtype))
+        weight = layer.changed(*(v.detach() for v in values))
+        return F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, values = ctx.saved_tensors
-        rows, back, found, bias = grad.flatten(0, -2), None, None, None
-        if ctx.needs_input_grad[0]:
-            back = (grad @ ctx.layer.changed(values).to(grad.dtype)).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            found = ctx.layer.gradient(rows, x.flatten(0, -2).to(grad.dtype)).to(values.dtype)
-        if ctx.needs_input_grad[2]:
-            bias = rows.sum(0)
-        return back, found, bias, None
+        (x, *values), rows = ctx.saved_tensors, grad.flatten(0, -2)
+        _, into_x, into_bias, *into_values = ctx.needs_input_grad
+        back = (grad @ ctx.layer.changed(*values).to(grad.dtype)).to(x.dtype) if into_x else None
+        found: tuple[Tensor | None, ...] = (None,) * len(values)
+        if any(into_values):
+            found = ctx.layer.gradients(rows, x.flatten(0, -2).to(grad.dtype), *values)
+        return None, back, rows.sum(0) if into_bias else None, *found

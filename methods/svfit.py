@@ -37,20 +37,14 @@ class SVFitLinear(Rebuilt):
         with torch.no_grad():
             self.sigma.copy_(S)
 
-    def changed(self, values: Tensor) -> Tensor:
-        return self.base.weight.detach() + self.U * (values - self.start) @ self.Vh
+    def changed(self, sigma: Tensor) -> Tensor:  # type: ignore[override]
+        return self.base.weight.detach() + self.U * (sigma - self.start) @ self.Vh
 
-    def gradient(self, grad: Tensor, x: Tensor) -> Tensor:
-        return ((self.U.T @ (grad.T @ x).to(self.U.dtype)) * self.Vh).sum(1)
-
-    def rebuilds(self, rows: int) -> bool:
-        """Whether the changed weight costs fewer products than the change beside it: 3 r m n + m n rows against 2 r (m + n) rows."""
-        (m, n), r = self.base.weight.shape, len(self.sigma)
-        mine = self.base.weight.dtype == self.sigma.dtype and not self.base.weight.requires_grad
-        return mine and (3 * r + rows) * m * n < 2 * r * (m + n) * rows
+    def gradients(self, grad: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+        return (((self.U.T @ (grad.T @ x).to(sigma.dtype)) * self.Vh).sum(1),)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.rebuilds(x.shape[:-1].numel()):
+        if self.rebuilds(x, len(self.sigma), self.sigma.dtype):
             return self.product(x, self.sigma)
         y = self.base(x)
         inner = F.linear(x.to(self.sigma.dtype), self.Vh) * (self.sigma - self.start)
