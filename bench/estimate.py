@@ -58,7 +58,9 @@ def cost(config: Config, *, gpu: bool = False) -> Cost:
     )
     micro = -(-train.batch_size // train.accumulate)
     mean, _ = lengths(config)
-    one, peak = _counted(config, [mean] * micro, longest(config, micro), gpu=gpu)
+    usual, most = [mean] * micro, longest(config, micro)
+    peak = _counted(config, most, gpu=gpu, at_once=gpu)
+    one = _counted(config, usual, gpu=gpu) if usual != most else peak
     evaluations = (
         (steps // train.eval_every if train.eval_every else max(1, math.ceil(train.epochs or 1))) if steps else 1
     )
@@ -76,34 +78,22 @@ def cost(config: Config, *, gpu: bool = False) -> Cost:
     )
 
 
-def _counted(config: Config, *lengths: Sequence[int], gpu: bool = False) -> list[dict[str, int]]:
-    """The `footprint` of a micro-batch for each of `lengths`.
+def _counted(config: Config, lengths: Sequence[int], **options: bool) -> dict[str, int]:
+    """The `footprint` of a micro-batch of rows of these lengths.
 
     All of it is linear in the number of classes, so that many data sets of one kind need two countings.
     """
+    from bench.depth import along, counted
+
     labels = getattr(config.task, "labels", 0)
     if labels <= 3:  # one is a regression: another loss
-        return [_footprint(config, rows, gpu) for rows in lengths]
-    two, three = (_counted(_with_labels(config, n), *lengths, gpu=gpu) for n in (2, 3))
-    return [{k: a[k] + (labels - 2) * (b[k] - a[k]) for k in a} for a, b in zip(two, three, strict=True)]
+        return counted(config, lengths, **options)
+    two, three = (_counted(_with_labels(config, n), lengths, **options) for n in (2, 3))
+    return along(config, two, three, labels - 2)
 
 
 def _with_labels(config: Config, labels: int) -> Config:
     return replace(config, task=replace(config.task, labels=labels))
-
-
-_known: dict[str, dict[str, int]] = {}  # data sets of one kind differ in their rows alone
-
-
-def _footprint(config: Config, lengths: Sequence[int], gpu: bool) -> dict[str, int]:
-    from bench.footprint import footprint
-
-    task, train = config.task, config.train
-    how = train.gradient_checkpointing, train.offload, train.padding, train.precision, train.accumulate > 1, gpu
-    key = repr((config.method, config.model, task.model_class, task.options(), how, lengths))
-    if key not in _known:
-        _known[key] = footprint(config, lengths, gpu=gpu)
-    return _known[key]
 
 
 @cache

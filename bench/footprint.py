@@ -6,61 +6,88 @@ takes another, attention, they are led along that one.
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 
 from bench.config import Config
 from bench.layout import Layout, recomputing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 
-def footprint(config: Config, lengths: Sequence[int], *, gpu: bool = False) -> dict[str, int]:
+def footprint(
+    config: Config, lengths: Sequence[int], *, gpu: bool = False, at_once: bool = True, depth: int | None = None
+) -> dict[str, int]:
     """Of one micro-batch with rows of these many tokens, an image being one, on a CPU or a GPU.
 
     As `measure.probe` has it: `train_step`, `forward`, `activations`, `offloaded`. As `model.counts`: `trained_params`,
-    `stored_bytes`. As `live.kinds`: `weights`, `gradients`, `optimizer`. And `live`: the most bytes at once on the device.
+    `stored_bytes`. As `live.kinds`: `weights`, `gradients`, `optimizer`. With `at_once`, which takes longer, the bytes that
+    live at once on the device: the most in `forward_peak` and `backward_peak`, what is `held` at the forward's end, and the
+    most in a step, `live`. depth: of a model of so many blocks, not of all. Always draws the same.
     Raises Unsupported where the method has no meaning there, UnknownShape where the model's size is not known.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return with_live(_footprint(config, lengths, gpu, at_once, depth), config)
+
+
+def with_live(found: dict[str, int], config: Config) -> dict[str, int]:
+    """These numbers, and the most bytes at once in a step, `live`, where peaks are among them."""
+    if "held" not in found:
+        return found
+    before = found["gradients"] if config.train.accumulate > 1 else 0  # of the micro-batches before
+    during = max(found["forward_peak"], found["backward_peak"]) + before
+    return found | {"live": max(during, found["weights"] + found["gradients"]) + found["optimizer"]}
+
+
+def _footprint(config: Config, lengths: Sequence[int], gpu: bool, at_once: bool, depth: int | None) -> dict[str, int]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from bench.live import Live, kinds
     from bench.measure import probe
     from bench.model import counts
-    from bench.train import Loop
+    from bench.train import Loop, autocast
 
-    model, head = _applied(config)
+    model, head = applied(config, depth)
     found = counts(model, head)
     here = replace(config.train, offload="none")  # nothing is trained on this device
     backward, offload = config.method.backward, config.train.offload
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, Fused() if gpu else nullcontext():
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, fused() if gpu else nullcontext():
         fake.cache_enabled = offload == "none"  # it would hold on to the storages that are given back
         _without_numbers(model)
         _pack(model, config, lengths, gpu)
         loop = Loop(model, config.method, here, steps=1, device=torch.device("cpu"))
-        live = Live(model)
-        found |= probe(model, _batch(model, config, lengths), loop.loss, backward=backward, offload=offload, live=live)
-    still = kinds(model, config.method)
-    during = live.peak + (still["gradients"] if config.train.accumulate > 1 else 0)  # those of the micro-batches before
-    step = still["weights"] + still["gradients"]
-    return found | still | {"live": max(during, step) + still["optimizer"]}
+        live = Live(model) if at_once else None
+
+        def loss(batch: Any) -> Tensor:
+            with autocast(here.precision, loop.device):  # the outermost one holds weights that it has cast
+                value = loop.loss(batch)
+                if live:
+                    found.update(held=live.bytes, forward_peak=live.peak)
+            if live:
+                live.peak = live.bytes
+            return value
+
+        found |= probe(model, _batch(model, config, lengths), loss, backward=backward, offload=offload, live=live)
+    return found | ({"backward_peak": live.peak} if live else {}) | kinds(model, config.method)
 
 
-class Fused(TorchFunctionMode):
-    """Attention in one kernel that keeps no scores, with dropout too, as on a GPU."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
-        return function(*args, **(kwargs or {}))
+@contextmanager
+def fused() -> Iterator[None]:
+    """Attention in one kernel that keeps no scores, with dropout too, as on a GPU; also in blocks that are computed again."""
+    plain = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = _attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = plain
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -71,11 +98,11 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
     return found
 
 
-def _applied(config: Config) -> tuple[nn.Module, set[int]]:
+def applied(config: Config, depth: int | None = None) -> tuple[nn.Module, set[int]]:
     """The model from its shape, with the method applied; ids of the head's parameters."""
     from bench.shapes import skeleton
 
-    model: Any = skeleton(config.model, config.task)
+    model: Any = skeleton(config.model, config.task, depth)
     head = {id(p) for p in model.parameters() if p.requires_grad}
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputing})

@@ -29,6 +29,8 @@ class Live(TorchDispatchMode):
         self._add(*model_tensors(model))
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation is torch.ops.prim.device.default:  # fake tensors are asked twice in every operation
+            return args[0].device
         found = operation(*args, **(kwargs or {}))
         if not self._aside:
             self._add(*(t for t in tree_leaves(found) if isinstance(t, Tensor)))

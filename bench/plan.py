@@ -1,9 +1,9 @@
 """python -m bench.plan experiment=NAME: the cells of a grid, what is skipped, hours, memory and disk, before anything runs.
 
 Each cell's model is built from its shape alone and its method applied to that, so that FLOPs, activations and parameters
-are counted, not guessed; that takes seconds for a large model. Where a cell exceeds the GPU's memory, the plan says with which
-switches it fits. Seconds of a run are FLOPs / rate: the rate is measured here in a few seconds, or is a share of the named GPU's
-peak (`--gpu`, `--share`), which is an assumption.
+are counted, not guessed; that takes about a second, or a few where the blocks are not alike (`bench/depth.py`). Where a cell
+exceeds the GPU's memory, the plan says with which switches it fits. Seconds of a run are FLOPs / rate: the rate is measured
+here in a few seconds, or is a share of the named GPU's peak (`--gpu`, `--share`), which is an assumption.
 """
 
 from __future__ import annotations

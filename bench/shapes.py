@@ -65,12 +65,17 @@ class UnknownShape(Exception):
     """Nothing here says how large this model is."""
 
 
-def skeleton(cfg: ModelConfig, task: Task) -> nn.Module:
-    """The model of `cfg` with the head of `task` on the meta device, frozen but for the head. Raises UnknownShape, Unsupported."""
+def skeleton(cfg: ModelConfig, task: Task, depth: int | None = None) -> nn.Module:
+    """The model of `cfg` with the head of `task` on the meta device, frozen but for the head; of so many blocks, or all.
+
+    Raises UnknownShape, Unsupported.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
     config = architecture(cfg.path)
+    if depth is not None:
+        config.num_hidden_layers = depth
     if not hasattr(transformers, task.model_class) or config.model_type.startswith("sam2"):
         raise UnknownShape(f"{cfg.path}: no class of transformers")
     for key, value in task.options(config).items():

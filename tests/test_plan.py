@@ -8,14 +8,14 @@ from functools import partial
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
 from bench import estimate
 from bench import plan as planning
 from bench.batches import longest
 from bench.config import CONF, compose
 from bench.estimate import cost, row_counts
-from bench.footprint import Fused, footprint
+from bench.footprint import footprint, fused
 from bench.live import Live
 from bench.measure import probe, saved_bytes
 from bench.prepare import prepare
@@ -120,9 +120,11 @@ def test_on_a_gpu_attention_keeps_no_scores():
         query = torch.zeros(2, 4, 128, 16, requires_grad=True)
         mask = torch.ones(2, 1, 128, 128, dtype=torch.bool)
         scores, saved = query.nbytes // 16 * 128, []
-        for how in (nullcontext(), Fused()):
+        for how in (nullcontext(), fused()):
             with how:
-                run = partial(scaled_dot_product_attention, query, query, query, attn_mask=mask, dropout_p=0.1)
+                run = partial(
+                    functional.scaled_dot_product_attention, query, query, query, attn_mask=mask, dropout_p=0.1
+                )
                 saved.append(saved_bytes(torch.nn.Module(), lambda run=run: run().sum()))
     assert saved[0] > 2 * scores > saved[1] >= 4 * mask.numel() + 2 * query.nbytes
 
@@ -150,7 +152,7 @@ def test_a_plan_says_what_makes_a_run_fit():
 @pytest.mark.parametrize("method", ("lora", "full_ft", "mezo"))
 def test_many_classes_cost_what_counting_them_says(method):
     config = compose([f"method={method}", "model=random_vit", "task=vtab_dtd"])
-    assert config.task.labels == 47 and estimate._counted(config, [1] * 8) == [footprint(config, [1] * 8)]
+    assert config.task.labels == 47 and estimate._counted(config, [1] * 8, at_once=True) == footprint(config, [1] * 8)
 
 
 @pytest.mark.parametrize("model", ("deberta", "gpt2", "llama"))
