@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.base import Adapted
@@ -30,12 +30,14 @@ class Rebuilt(Adapted):
         """Whether a W with a change of `rank` costs fewer products than the change beside it, for the rows of x (..., in).
 
         W (m, n) is built twice, and its values' gradients come of its own: r m n each, and m n rows; beside it are
-        2 r (m + n) rows. A frozen weight in half precision stays in it, and one that is trained has a gradient of its own.
+        2 r (m + n) rows. A frozen weight in half precision stays in it, one that is trained has a gradient of its own, and
+        another method may stand in the frozen layer's place.
         """
-        weight: Any = self.base.weight
-        (m, n), rows = weight.shape, x.shape[:-1].numel()
-        frozen = weight.dtype == dtype and not weight.requires_grad
-        return frozen and (3 * rank + rows) * m * n < 2 * rank * (m + n) * rows
+        base, rows = self.base, x.shape[:-1].numel()
+        if not isinstance(base, nn.Linear) or base.weight.dtype != dtype or base.weight.requires_grad:
+            return False
+        m, n = base.weight.shape
+        return (3 * rank + rows) * m * n < 2 * rank * (m + n) * rows
 
 
 class _Product(torch.autograd.Function):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.func import functional_call
 
 from methods.base import Adapted, Batch, Method, adapt_linears, new_parameter, register
 
@@ -47,10 +47,10 @@ class ScaledNorm(ScaleShift):
     """The same behind a layer norm, folded into its own scale and shift: its output is neither kept nor gone over again."""
 
     def forward(self, x: Tensor) -> Tensor:
-        base: Any = self.base
         if x.dtype != self.scale.dtype:  # half precision would round the folded scale
             return super().forward(x)
-        return F.layer_norm(x, base.normalized_shape, self.weight(), self.bias(), base.eps)
+        folded: Any = {"weight": self.weight()} | ({} if self.shift is None else {"bias": self.bias()})
+        return functional_call(self.base, folded, (x,))  # type: ignore[no-any-return]
 
 
 class ScaledPatches(ScaleShift):
