@@ -9,9 +9,13 @@ here in a few seconds, or is a share of the named GPU's peak (`--gpu`, `--share`
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from typing import Any
 
 from bench.config import CONF, Config, to_config
@@ -49,7 +53,7 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     from tqdm import tqdm
 
-    found = plan(args.overrides, GPUS[args.gpu][2] * 2**30 if args.gpu else own_memory())
+    found = plan(args.overrides, GPUS[args.gpu][2] * 2**30 if args.gpu else own_memory(), workers())
     lines = list(tqdm(found, "counting", unit=" lines", leave=False, disable=None))
     rates = {p: gpu_rate(args.gpu, p, args.share) if args.gpu else calibrate() for p in {x.precision for x in lines}}
     print(table(lines, rates, None if args.gpu else around()))
@@ -57,15 +61,48 @@ def main() -> int:
     return 0
 
 
-def plan(overrides: list[str], memory: int | None = None) -> Iterator[Line]:
+def workers() -> int:
+    """Processes that count: one per core, and at most 8, each of which has its own torch in memory."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def plan(overrides: list[str], memory: int | None = None, processes: int = 1) -> Iterator[Line]:
     """A line for each method, model and task of the grid that `python -m bench -m OVERRIDES` would run.
 
-    memory: bytes of the GPU that it would run on; None: a CPU.
+    memory: bytes of the GPU that it would run on; None: a CPU. processes: that count, at most; for more than one
+    the main module must be one that can be imported.
     """
-    for config, runs, trainings in cells(overrides):
-        c = config.choices
-        cost = _cost_of(config, memory)
-        yield Line(c["method"], c["model"], c["task"], runs, trainings, cost, config.train.precision)
+    found = list(cells(overrides))
+    alike: dict[str, list[Config]] = {}  # what one has counted helps the next
+    for config, _, _ in found:
+        alike.setdefault(_kind(config), []).append(config)
+    with _counting(alike, memory, min(processes, len(alike) // 4)) as costs:
+        for config, runs, trainings in found:
+            c = config.choices
+            yield Line(
+                c["method"], c["model"], c["task"], runs, trainings, next(costs[_kind(config)]), config.train.precision
+            )
+
+
+def _kind(config: Config) -> str:
+    return repr((config.method, config.model))
+
+
+@contextmanager
+def _counting(
+    alike: dict[str, list[Config]], memory: int | None, processes: int
+) -> Iterator[dict[str, Iterator[Cost]]]:
+    """The costs of each list of configurations: counted here one by one, or by processes of their own."""
+    if processes < 2:
+        yield {kind: (_cost_of(c, memory) for c in configs) for kind, configs in alike.items()}
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        jobs = {kind: pool.submit(_costs_of, configs, memory) for kind, configs in alike.items()}
+        yield {kind: (cost for costs in [jobs[kind]] for cost in costs.result()) for kind in alike}
+
+
+def _costs_of(configs: list[Config], memory: int | None) -> list[Cost]:
+    return [_cost_of(config, memory) for config in configs]
 
 
 def cells(overrides: list[str]) -> Iterator[tuple[Config, int, float]]:

@@ -98,7 +98,7 @@ def test_every_method(monkeypatch, method, gpu):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ("full_ft", "lora", "prefix_tuning"))
+@pytest.mark.parametrize("method", ("full_ft", "lora", "ia3"))
 @pytest.mark.parametrize(
     "model", ("qwen25_05b task=gsm8k", "roberta_large task=rte", "deberta_v3_base task=rte", "deit_small task=vtab_dtd")
 )

@@ -180,6 +180,12 @@ def test_a_grid_is_counted_cell_by_cell_and_says_what_is_skipped():
     assert "skipped: visual prompts" in text and text.splitlines()[-1].split()[:2] == ["all", "3"]
 
 
+@pytest.mark.slow
+def test_processes_count_what_one_would():
+    grid = ["method=lora,ia3,bitfit,full_ft,ln_tuning,dora,vera,vpt_deep", "model=random_bert", "task=rte,sst2", *TINY]
+    assert list(planning.plan(grid, 10**6, processes=2)) == list(planning.plan(grid, 10**6))
+
+
 def test_a_model_without_the_head_of_a_task_is_skipped_as_the_run_is():
     (line,) = planning.plan(["method=lora", "model=random_t5", "task=gsm8k", *TINY])
     assert line.cost.note.startswith("skipped: random:t5 cannot have the head of a generation task")
