@@ -157,5 +157,16 @@ class _Tee(io.StringIO):
         return self.stream.isatty()
 
 
+def _leave(code: int) -> None:
+    """End a process of torchrun without taking Python down: threads of a group that torch still holds on to would abort it there."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(command_line())
+    ended = command_line()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _leave(ended)
+    sys.exit(ended)

@@ -32,8 +32,15 @@ CELLS = {
     "whole decoder": [*DECODER, "method=full_ft"],
 }
 STOPPED = """
-import runpy
+import atexit, runpy
 from bench.session import Session
+
+class Kept:
+    def __del__(self):
+        print("taken down")
+
+kept = Kept()
+atexit.register(print, "all is done", flush=True)
 
 tick = Session.tick
 
@@ -80,6 +87,8 @@ def two(tmp_path_factory):
     outputs = [command.communicate(timeout=500)[0] for command in commands]
     assert [c.returncode for c in commands] == [0, 1], "".join(outputs)  # lisa, hft
     assert outputs[0].count("going on from step") == 2
+    for text in outputs:  # threads of torch's groups, which live to the end, abort a Python that is taken down
+        assert text.count("all is done") == 2 and "taken down" not in text
     return folder
 
 
