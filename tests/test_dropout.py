@@ -39,11 +39,21 @@ def test_the_share_of_ones(p: float, dtype: torch.dtype) -> None:
     assert abs(pairs - p * p) < 8 * math.sqrt(p * p * (1 - p * p) / n)
 
 
+def sfc64(words: list[int], count: int) -> list[int]:
+    """Outputs of the generator by its definition (Doty-Humphrey's PractRand), seeded as numpy does: 12 are thrown away."""
+    a, b, c, counter, found, low = *words, 1, [], 2**64 - 1
+    for _ in range(12 + count):
+        found.append((a + b + counter) & low)
+        counter += 1
+        a, b, c = b ^ (b >> 11), (c + (c << 3)) & low, (((c << 24) | (c >> 40)) + found[-1]) & low
+    return found[12:]
+
+
 def test_the_numbers_are_those_of_sfc64() -> None:
-    """Drawn by numpy's own means: 32 bits each, compared with p as signed numbers."""
+    """32 bits each, compared with p as signed numbers."""
     torch.manual_seed(3)
-    seed = int(torch.empty((), dtype=torch.int64).random_())
-    bits = np.random.SFC64(seed).random_raw(501).view(np.int32)[:1001]
+    words = torch.empty(3, dtype=torch.int64).random_(-(2**63), None).numpy().view(np.uint64).tolist()
+    bits = np.array(sfc64(words, 501), dtype=np.uint64).view(np.int32)[:1001]
     assert mask(3).tolist() == (bits / 2**32 + 0.5 < 0.9).tolist()
 
 
