@@ -1,9 +1,9 @@
 """Dropout on a CPU: its masks, and attention's softmax under it, without what torch spends on them there.
 
 torch draws a mask number by number from its Mersenne Twister, two draws each, in one thread (but on Intel's CPUs, by MKL): a
-fifth of the step of `lst`'s narrow network. Here it seeds an SFC64 generator (numpy's), whose 32 bits are compared with p: four times as
-fast for large masks. Attention with dropout has torch's safe softmax, which searches all scores for rows with no key; here the first number of
-each row of the result tells, where such a row is not a number.
+fifth of the step of `lst`'s narrow network. Here it seeds an SFC64 generator (numpy's), whose 32 bits are compared with p:
+four times as fast for large masks. Attention with dropout has torch's safe softmax, which searches all scores for rows with
+no key; here the first number of each row of the result tells, where such a row is not a number.
 
 Both operators are given another kernel, as `torch.library` offers it. The softmax is the same to the bit.
 """
