@@ -83,7 +83,7 @@ def test_what_a_line_is_made_of_is_counted(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", (False, True))
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"zero_shot"}))  # which has no step
 def test_every_method(monkeypatch, method, gpu):
     counts = 0
     for model in ("random_bert task=rte", "random_llama task=rte", "random_vit task=digits"):
