@@ -82,7 +82,7 @@ def command_line() -> int:
     from bench.suggest import suggest
     from bench.table import exit_code, seen, table
 
-    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["RANK"]):
+    if _by_torchrun() and int(os.environ["RANK"]):
         return _follow()
     messages = _Tee(sys.stderr)
     try:
@@ -98,9 +98,13 @@ def command_line() -> int:
     return exit_code(seen)
 
 
+def _by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def _ranks() -> Any:
     """torchrun's other processes, where it started any."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not _by_torchrun():
         return contextlib.nullcontext()
     from bench.distributed import ranks
 
@@ -167,6 +171,6 @@ def _leave(code: int) -> None:
 
 if __name__ == "__main__":
     ended = command_line()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if _by_torchrun():
         _leave(ended)
     sys.exit(ended)

@@ -10,7 +10,6 @@ Both operators are given another kernel, as `torch.library` offers it. The softm
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
-from bench.matmul import intel
+from bench.matmul import intel, kernels
 
 _kernels: Any = None  # while they stand
 
@@ -27,12 +26,8 @@ def use(ours: bool = True) -> None:
     """Compute the dropout of this process so, or as torch does. On Intel's CPUs torch draws its masks by MKL either way."""
     global _kernels
     if ours and _kernels is None:
-        _kernels = torch.library.Library("aten", "IMPL")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
-            if not intel():
-                _kernels.impl("bernoulli_.float", _bernoulli, "CPU")
-            _kernels.impl("_safe_softmax", _softmax, "CPU")
+        masks = {} if intel() else {"bernoulli_.float": _bernoulli}
+        _kernels = kernels({"_safe_softmax": _softmax, **masks})
     elif not ours:
         _kernels = None  # torch's own stand again
 
@@ -44,7 +39,8 @@ def _bernoulli(x: Tensor, p: float = 0.5, *, generator: torch.Generator | None =
     bound = round(p * 2**32) - 2**31
     if bound >= 2**31:  # beyond all 32-bit numbers
         return x.fill_(1)
-    drawn = np.random.SFC64(_Seed(generator)).random_raw((x.numel() + 1) // 2).view(np.int32)[: x.numel()]
+    seed: Any = _Seed(generator)  # numpy's stubs know no ISeedSequence
+    drawn = np.random.SFC64(seed).random_raw((x.numel() + 1) // 2).view(np.int32)[: x.numel()]
     return torch.lt(torch.from_numpy(drawn).view(x.shape), bound, out=x)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import platform
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,19 @@ def use(name: str) -> None:
         )
     wanted = name == "onednn" or (name == "auto" and available() and _narrow())
     if wanted and _kernels is None:
-        _kernels = torch.library.Library("aten", "IMPL")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
-            _kernels.impl("mm", _mm, "CPU")
-            _kernels.impl("addmm", _addmm, "CPU")
+        _kernels = kernels({"mm": _mm, "addmm": _addmm})
     elif not wanted:
         _kernels = None  # torch's own stand again
+
+
+def kernels(own: dict[str, Callable[..., Tensor]]) -> Any:
+    """Give operators of torch other kernels on a CPU, by their names, for as long as the result is held on to."""
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+        for name, kernel in own.items():
+            library.impl(name, kernel, "CPU")
+    return library
 
 
 def used() -> str:
@@ -96,9 +103,8 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     sums = not a.is_contiguous()  # over the rows, the gradient of a weight
     if sums and bias is None and b.is_contiguous() and b.shape[1] < a.shape[0]:
-        return (
-            _product(b.t(), a.t(), None).t().contiguous()
-        )  # oneDNN's operator turns its first factor round: the narrow one
+        # oneDNN's operator turns its first factor round: let that be the narrow one
+        return _product(b.t(), a.t(), None).t().contiguous()
     rows = a.shape[1] if sums else a.shape[0]
     more = -rows % MULTIPLE
     if not more or rows < MANY or a.numel() * b.shape[1] > SMALL:
